@@ -1,0 +1,283 @@
+"""The configuration of one run: what every key means, how files and `key=value` overrides combine, and what is refused.
+
+A file may name others to start from with `base: parts/common.yaml` (or a list), relative to itself: later layers win key by
+key, lists are replaced as a whole, and `key=value` overrides come last. Everything is checked before anything is loaded, and
+all mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from speft_core.errors import UserError
+
+from .config_checks import check_tree
+from .config_layers import read_layers
+
+METHODS = ("sparse", "lora", "full")
+METRICS = ("gradient", "magnitude", "random")
+TEMPLATES = ("question_answer", "alpaca", "chat")
+BUDGET_UNITS = ("k", "density", "like_lora_r")
+PROBLEM_KINDS = ("add", "subtract", "multiply", "add_add", "add_subtract", "subtract_add", "multiply_add", "multiply_subtract")
+
+
+def _key(default: Any, doc: str, **rules: Any) -> Any:
+    """A field with one line of documentation and the rules that its value must keep (see config_checks)."""
+    metadata = {"doc": doc, **rules}
+    if isinstance(default, type) or callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The pre-trained model and the form in which its weights are held."""
+
+    name: str = _key("", "Hub id, folder, bundled:smollm2-135m or bundled:minilm-l6", required=True)
+    revision: str | None = _key(None, "branch, tag or commit of a Hub model")
+    task: str = _key("causal_lm", "kind of model to load", choices=("causal_lm", "sequence_classification"))
+    num_labels: int = _key(2, "outputs of the head of a sequence_classification model", minimum=1)
+    dtype: str = _key("auto", "dtype of the weights; auto is that of the checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
+    attn_implementation: str | None = _key(None, "attention of transformers: eager, sdpa, flash_attention_2, ...")
+    cache_dir: str | None = _key(None, "folder for downloaded and converted models (default: the Hugging Face and speft caches)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordProblemsConfig:
+    """How hard `bundled:word-problems` is."""
+
+    kinds: list[str] = _key(lambda: list(PROBLEM_KINDS), "kinds of problems, drawn in equal shares", each=PROBLEM_KINDS, nonempty=True)
+    max_number: int = _key(60, "largest number that is added or subtracted", minimum=20, maximum=100_000)
+    max_factor: int = _key(9, "largest factor of a multiplication", minimum=5, maximum=1000)
+    seed: int = _key(0, "seed of the problems; train and test stay disjoint under every seed", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples come from, and how they become token ids and labels."""
+
+    train: str = _key("", "bundled:word-problems, a .jsonl or .csv file, or a Hub data set id", required=True)
+    test: str | None = _key(None, "held-out data to evaluate on; default: the test split of train, if it has one")
+    validation: str | None = _key(None, "data for the loss during training; none if absent")
+    subset: str | None = _key(None, "configuration name of a Hub data set, such as main")
+    revision: str | None = _key(None, "branch, tag or commit of a Hub data set")
+    train_split: str = _key("train", "split of train, for Hub and bundled data")
+    test_split: str = _key("test", "split of test, for Hub and bundled data")
+    validation_split: str = _key("validation", "split of validation, for Hub and bundled data")
+    template: str = _key("question_answer", "how a row becomes a prompt and an answer", choices=TEMPLATES)
+    columns: dict[str, str] = _key(dict, "role of the template -> column of the data, where they differ")
+    system_prompt: str | None = _key(None, "system message of the chat template")
+    train_size: int | None = _key(None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1)
+    test_size: int | None = _key(None, "number of test rows, the first ones", minimum=1)
+    validation_size: int | None = _key(None, "number of validation rows, the first ones", minimum=1)
+    validation_from_train: int = _key(0, "take this many rows from the end of train for validation", minimum=0)
+    max_length: int = _key(1024, "longest example in tokens, prompt and answer", minimum=2)
+    overlong: str = _key("drop", "what to do with longer training examples", choices=("drop", "truncate"))
+    prompt_loss: bool = _key(False, "learn the prompt's tokens too, not the answer's alone")
+    word_problems: WordProblemsConfig = _key(WordProblemsConfig, "options of bundled:word-problems")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """How many scalars are trained: exactly one of k, density and like_lora_r; setting one drops the others of the base file."""
+
+    k: int | None = _key(None, "number of scalars", minimum=1)
+    density: float | None = _key(None, "share of the scalars that `of` names", above=0, maximum=1)
+    of: str = _key("model", "what density is a share of", choices=("model", "targets", "body"))
+    like_lora_r: int | None = _key(None, "as many scalars as LoRA of this rank has on the same targets", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA, for comparison."""
+
+    r: int | None = _key(None, "rank; default: the largest whose parameters stay within adapter.budget", minimum=1)
+    alpha: float | None = _key(None, "scale is alpha / r; default: alpha = r", above=0)
+    dropout: float = _key(0.0, "dropout before the down projection", minimum=0, below=1)
+    targets: str | list[str] | None = _key(None, "modules; default: adapter.targets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSection:
+    """What is trained."""
+
+    method: str = _key("sparse", "how the model is adapted", choices=METHODS)
+    metric: str = _key("gradient", "saliency metric that chooses the scalars", choices=METRICS)
+    budget: BudgetConfig = _key(BudgetConfig, "how many scalars are trained")
+    targets: str | list[str] = _key("all-linear", "parameters to choose from: names, suffixes, a regex, all-linear or body")
+    scope: str = _key("global", "one threshold over all targets, or the same density in each", choices=("global", "local"))
+    random_mode: str = _key("exact", "exactly k scalars, or each drawn on its own (metric random)", choices=("exact", "bernoulli"))
+    backward: str = _key("auto", "how the gradient of the values is computed", choices=("auto", "compact", "sampled", "dense"))
+    calibration_examples: int = _key(1024, "training examples that the saliency pass reads", minimum=1)
+    calibration_batch_size: int = _key(16, "examples a batch of the saliency pass", minimum=1)
+    dtype: str | None = _key(None, "dtype of the saved values; default: that of the weights", choices=("float32", "bfloat16", "float16"))
+    train_dense: list[str] = _key(list, "parameters that are trained whole, such as a classification head")
+    mask: str | None = _key(None, "a saved mask to use in place of the saliency pass")
+    lora: LoraConfig = _key(LoraConfig, "options of method lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepspeedSection:
+    """DeepSpeed. A run in one plain process needs none of it."""
+
+    enabled: str | bool = _key("auto", "auto is true when the deepspeed launcher started the run", choices=("auto", True, False))
+    zero_stage: int = _key(0, "what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too", minimum=0, maximum=3)
+    offload_optimizer: str | None = _key(None, "where optimizer states live", choices=("none", "cpu"))
+    offload_param: str | None = _key(None, "where partitioned weights live (stage 3)", choices=("none", "cpu"))
+    config: str | dict[str, Any] | None = _key(None, "a DeepSpeed config (JSON file or mapping) whose keys win over ours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured on the test data, before and after training."""
+
+    enabled: bool = _key(True, "evaluate at all")
+    base: bool = _key(True, "evaluate the model before training too")
+    generation: bool = _key(True, "generate answers and score them by exact match")
+    loss: bool = _key(True, "mean loss per answer token on the test data")
+    batch_size: int = _key(32, "prompts generated at once", minimum=1)
+    max_new_tokens: int = _key(256, "longest generated answer in tokens", minimum=1)
+    limit: int | None = _key(None, "number of test rows that are evaluated, the first ones", minimum=1)
+    examples: int = _key(5, "generated answers shown in the report", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run."""
+
+    output_dir: str = _key("", "folder of the run's results", required=True)
+    seed: int = _key(0, "seed of the mask, the order of the data and everything else that is drawn", minimum=0)
+    model: ModelConfig = _key(ModelConfig, "the pre-trained model")
+    data: DataConfig = _key(DataConfig, "the examples")
+    adapter: AdapterSection = _key(AdapterSection, "what is trained")
+    train: dict[str, Any] = _key(dict, "fields of transformers.TrainingArguments, and global_batch_size")
+    deepspeed: DeepspeedSection = _key(DeepspeedSection, "DeepSpeed")
+    evaluate: EvaluateConfig = _key(EvaluateConfig, "what is measured")
+
+
+SECTIONS = tuple(f.name for f in fields(RunConfig))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file and its bases, apply `key=value` overrides, check it all.
+
+    Raises a UserError of one line that names every mistake with its key's path.
+    """
+    return from_mapping(read_layers(Path(path), overrides), name=str(path))
+
+
+def from_mapping(tree: Mapping[str, Any], name: str = "config") -> RunConfig:
+    """Check a plain mapping and make a RunConfig of it; `name` is what messages call it."""
+    mistakes = check_tree(RunConfig, tree)
+    if not mistakes:
+        mistakes = _check_together(tree)
+    if mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise UserError(f"{name} has {count}: " + "; ".join(mistakes))
+    return _build(RunConfig, tree)
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The whole configuration as plain dicts, lists and scalars."""
+    return asdict(cfg)
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """YAML that `load_config` reads back to an equal RunConfig."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+
+
+def section_hash(cfg: RunConfig, *sections: str) -> str:
+    """A short hash of some sections (all if none is named; dots reach into one, as in "adapter.budget")."""
+    tree = to_dict(cfg)
+    chosen = {name: _reach(tree, name) for name in sections or SECTIONS}
+    text = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def batch_plan(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+    """(examples a device and forward, accumulation steps) so that `train.global_batch_size` holds on `world_size` devices.
+
+    Without global_batch_size the two fields of TrainingArguments are returned as they are.
+    """
+    per_device = cfg.train.get("per_device_train_batch_size")
+    total = cfg.train.get("global_batch_size")
+    if total is None:
+        return per_device or 8, cfg.train.get("gradient_accumulation_steps", 1)
+    share, rest = divmod(total, world_size)
+    if rest or share == 0:
+        raise UserError(f"train.global_batch_size must be a multiple of the number of processes ({world_size}); got {total}")
+    if per_device is None:
+        per_device = next(size for size in range(min(share, 8), 0, -1) if share % size == 0)
+    if share % per_device:
+        raise UserError(
+            "train.global_batch_size must be a multiple of train.per_device_train_batch_size x processes"
+            f" ({per_device} x {world_size}); got {total}"
+        )
+    return per_device, share // per_device
+
+
+def key_table() -> list[tuple[str, str, str]]:
+    """(key, default, documentation) of every key, for the documentation page and for `--help`."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(cls: Any, prefix: str) -> None:
+        for f in fields(cls):
+            value = getattr(cls(), f.name)
+            if is_dataclass(value):
+                walk(type(value), f"{prefix}{f.name}.")
+            else:
+                default = "required" if f.metadata.get("required") else json.dumps(value)
+                rows.append((prefix + f.name, default, f.metadata["doc"]))
+
+    walk(RunConfig, "")
+    return rows
+
+
+def _build(cls: Any, tree: Mapping[str, Any]) -> Any:
+    """Dataclasses from a tree that has passed the checks."""
+    made = {}
+    for f in fields(cls):
+        if f.name not in tree:
+            continue
+        value, default = tree[f.name], f.default_factory if callable(f.default_factory) else None
+        if is_dataclass(default):
+            value = _build(default, value or {})
+        elif isinstance(value, int) and f.type in ("float", "float | None"):
+            value = float(value)
+        made[f.name] = value
+    return cls(**made)
+
+
+def _reach(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _check_together(tree: Mapping[str, Any]) -> list[str]:
+    """Rules that need more than one key."""
+    mistakes = []
+    adapter, train = tree.get("adapter") or {}, tree.get("train") or {}
+    budget = adapter.get("budget") or {}
+    given = [unit for unit in BUDGET_UNITS if budget.get(unit) is not None]
+    method = adapter.get("method", "sparse")
+    needs_budget = (method == "sparse" and adapter.get("mask") is None) or (
+        method == "lora" and (adapter.get("lora") or {}).get("r") is None
+    )
+    if len(given) > 1 or (needs_budget and not given):
+        mistakes.append(f"adapter.budget: exactly one of {', '.join(BUDGET_UNITS)} must be set; got {', '.join(given) or 'none'}")
+    if "global_batch_size" in train and "gradient_accumulation_steps" in train:
+        mistakes.append("train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second")
+    deepspeed = tree.get("deepspeed") or {}
+    if deepspeed.get("offload_param") == "cpu" and deepspeed.get("zero_stage", 0) != 3:
+        mistakes.append(f"deepspeed.offload_param: cpu needs zero_stage 3; got stage {deepspeed.get('zero_stage', 0)}")
+    return mistakes

@@ -1,0 +1,93 @@
+"""Config files and overrides, merged into one plain mapping. What the keys mean is not this file's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from speft_core.errors import UserError
+
+# Keys of which a layer sets one to mean "this and no other": setting it drops what the layers below set.
+EXCLUSIVE = (("adapter", "budget", ("k", "density", "like_lora_r")),)
+
+
+def read_layers(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The file, the files that its `base:` names below it, the overrides above it; interpolations resolved."""
+    merged = OmegaConf.create({})
+    for layer in [*_file_layers(path, ()), _override_layer(overrides)]:
+        try:
+            _drop_exclusive(merged, layer)
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{path}: layers do not fit together: {_one_line(error)}") from None
+    try:
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: an interpolation cannot be resolved: {_one_line(error)}") from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _file_layers(path: Path, above: tuple[Path, ...]) -> list[DictConfig]:
+    """The layers of one file, lowest first."""
+    resolved = path.resolve()
+    if resolved in above:
+        raise UserError(f"config files must not include each other in a circle: {' -> '.join(p.name for p in (*above, resolved))}")
+    content = _read_yaml(path)
+    bases = content.pop("base", None)
+    bases = [] if bases is None else [bases] if isinstance(bases, str) else bases
+    if not OmegaConf.is_list(bases) and not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+        raise UserError(f"{path}: base must be a file name or a list of them; got {bases!r}")
+    layers: list[DictConfig] = []
+    for base in bases:
+        layers += _file_layers(path.parent / base, (*above, resolved))
+    return [*layers, content]
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from None
+    try:
+        content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
+    # A single word is read as a mapping from it to nothing: tell it from `word:`.
+    if not isinstance(content, DictConfig) or (text.strip() and not isinstance(yaml.compose(text), yaml.MappingNode)):
+        raise UserError(f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}")
+    return content
+
+
+def _override_layer(overrides: Sequence[str]) -> DictConfig:
+    malformed = [item for item in overrides if "=" not in item or not item.split("=", 1)[0].strip()]
+    if malformed:
+        raise UserError(f"overrides must look like section.key=value; got {', '.join(map(repr, malformed))}")
+    layer = OmegaConf.create({})
+    for item in overrides:
+        try:
+            layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([item]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"override {item!r} cannot be read: {_one_line(error)}") from None
+    assert isinstance(layer, DictConfig)
+    return layer
+
+
+def _drop_exclusive(below: Any, layer: Any) -> None:
+    for section, name, units in EXCLUSIVE:
+        old, new = OmegaConf.select(below, f"{section}.{name}"), OmegaConf.select(layer, f"{section}.{name}")
+        if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and any(new.get(unit) is not None for unit in units):
+            for unit in units:
+                old.pop(unit, None)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return ", ".join(line for line in lines if line and not line.startswith(("full_key", "object_type")))
