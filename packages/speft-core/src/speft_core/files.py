@@ -1,0 +1,75 @@
+"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> None:
+    """Write `content` (bytes, text, or a function that writes the file it is given) to `path` or leave `path` as it was.
+
+    Raises OSError when the disk is full or the folder cannot be written; the half-written neighbour is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    beside = Path(name)
+    try:
+        if callable(content):
+            content(beside)
+        elif isinstance(content, str):
+            beside.write_text(content, encoding="utf-8")
+        else:
+            beside.write_bytes(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)  # mkstemp makes private files; the result has the permissions of any new file
+        _flush(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on a clean exit it takes the place of `path`, otherwise it is removed.
+
+    With `replace=False` an existing `path` raises FileExistsError. An existing folder is renamed away before the new one
+    takes its name and is deleted last, so that a kill leaves one of the two whole.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield beside
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o777 & ~mask)
+        for file in beside.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        old = None
+        if path.exists():
+            old = beside.with_name(beside.name + ".old")
+            os.replace(path, old)
+        os.replace(beside, path)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,51 @@
+"""Where the kept entries of one [O, I] weight lie: computed once when attaching, in the forms that the plans read.
+
+Shape suffixes: O outputs, I inputs, K kept entries, R rows with an entry, C columns with an entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Rows and columns touched by a mask, and each entry's place among them. All index tensors are int64, on one device."""
+
+    shape: tuple[int, int]
+    rows_R: torch.Tensor  #: sorted rows that hold an entry
+    cols_C: torch.Tensor  #: sorted columns that hold an entry
+    row_of_K: torch.Tensor  #: each entry's position in rows_R; never decreases, as entries are sorted row by row
+    col_of_K: torch.Tensor  #: each entry's position in cols_C
+    first_R: torch.Tensor  #: [R + 1] on the CPU: entries of row r of rows_R are first_R[r]:first_R[r + 1]
+
+    @classmethod
+    def of(cls, indices_K: torch.Tensor, shape: tuple[int, int]) -> Layout:
+        """The layout of sorted flat `indices_K` of a weight of `shape`."""
+        wide_K = indices_K.long()
+        rows_R, row_of_K, counts_R = torch.unique_consecutive(
+            wide_K // max(1, shape[1]), return_inverse=True, return_counts=True
+        )
+        cols_C, col_of_K = torch.unique(wide_K % max(1, shape[1]), return_inverse=True)
+        first_R = torch.zeros(rows_R.numel() + 1, dtype=torch.int64)
+        first_R[1:] = torch.cumsum(counts_R.cpu(), 0)
+        return cls(shape, rows_R, cols_C, row_of_K, col_of_K, first_R)
+
+    @property
+    def nnz(self) -> int:
+        """Kept entries."""
+        return self.row_of_K.numel()
+
+    @property
+    def touched_area(self) -> float:
+        """Share of the weight that its touched rows and columns span."""
+        return self.rows_R.numel() * self.cols_C.numel() / max(1, self.shape[0] * self.shape[1])
+
+    def to(self, device: torch.device) -> Layout:
+        """The same layout on another device; `first_R` stays on the CPU."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("rows_R", "cols_C", "row_of_K", "col_of_K"):
+            moved[name] = moved[name].to(device)
+        return Layout(**moved)
