@@ -31,7 +31,9 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 64 << 20
-MAX_BERNOULLI_NUMEL = 1 << 35  # a draw takes time in proportion; the largest real matrices have 2**33 elements
+MAX_BERNOULLI_NUMEL = (
+    1 << 35
+)  # a draw takes time in proportion; the largest real matrices have 2**33 elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +45,20 @@ class AdapterConfig:
     task_type: str | None = None  #: CAUSAL_LM, SEQ_CLS, ...
     metric: str | None = None  #: saliency metric of the mask
     scope: str | None = None  #: "global" or "local"
-    budget: dict[str, Any] = field(default_factory=dict)  #: what was asked: k, density and of what, like_lora_r
+    budget: dict[str, Any] = field(
+        default_factory=dict
+    )  #: what was asked: k, density and of what, like_lora_r
     targets: list[str] = field(default_factory=list)  #: as given to find_mask
     seed: int | None = None  #: seed of the mask
-    random: dict[str, Any] | None = None  #: seed and mode from which the indices are drawn again
-    library_versions: dict[str, str] = field(default_factory=dict)  #: package -> version
-    extra: dict[str, Any] = field(default_factory=dict)  #: anything else, kept as it is (merge provenance, ...)
+    random: dict[str, Any] | None = (
+        None  #: seed and mode from which the indices are drawn again
+    )
+    library_versions: dict[str, str] = field(
+        default_factory=dict
+    )  #: package -> version
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  #: anything else, kept as it is (merge provenance, ...)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +85,9 @@ class SparseAdapter:
             delta.check(name)
         for name, tensor in self.dense.items():
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"dense.{name}: must be finite floating point, got {tensor.dtype} or NaN or infinity")
+                raise UserError(
+                    f"dense.{name}: must be finite floating point, got {tensor.dtype} or NaN or infinity"
+                )
             if name in self.deltas:
                 raise UserError(f"{name} is both sparse and dense in one adapter")
         return self
@@ -89,13 +101,19 @@ class SparseAdapter:
         base = self.config.base_model_name_or_path or "an unnamed model"
         for name in (*self.deltas, *self.dense):
             if name not in parameters:
-                raise UserError(f"this adapter is for another base ({base}): the model has no parameter {name!r}")
+                raise UserError(
+                    f"this adapter is for another base ({base}): the model has no parameter {name!r}"
+                )
         for name, delta in self.deltas.items():
-            check_fingerprint(name, parameters[name], delta, self.fingerprint.get(name), base)
+            check_fingerprint(
+                name, parameters[name], delta, self.fingerprint.get(name), base
+            )
         for name, tensor in self.dense.items():
             if parameters[name].shape != tensor.shape:
                 shapes = f"{tuple(parameters[name].shape)}, the adapter wants {tuple(tensor.shape)}"
-                raise UserError(f"this adapter is for another base ({base}): {name} has shape {shapes}")
+                raise UserError(
+                    f"this adapter is for another base ({base}): {name} has shape {shapes}"
+                )
 
     def apply(self, model: nn.Module, check_base: bool = True) -> Applied:
         """Write the adapter into `model` in place and return the handle whose `.restore()` takes it off, bit for bit.
@@ -103,7 +121,9 @@ class SparseAdapter:
         Everything is checked before the first weight is touched. UserError for another base, or while a tuner is attached.
         """
         if getattr(model, "_speft_tuner", None) is not None:
-            raise UserError("an adapter cannot be applied while a tuner is attached; call tuner.detach() first")
+            raise UserError(
+                "an adapter cannot be applied while a tuner is attached; call tuner.detach() first"
+            )
         self.check()
         if check_base:
             self.check_base(model)
@@ -130,15 +150,30 @@ class SparseAdapter:
                 tensors[f"{name}.gaps"] = gaps.encode(delta.indices_K)
             listed[name] = {
                 "shape": list(delta.shape),
-                **{k: v for k, v in self.fingerprint.get(name, {}).items() if k != "shape"},
+                **{
+                    k: v
+                    for k, v in self.fingerprint.get(name, {}).items()
+                    if k != "shape"
+                },
             }
         for name, tensor in self.dense.items():
             tensors[f"dense.{name}"] = tensor.detach().cpu().contiguous().clone()
-        record = {"format": "speft", "format_version": FORMAT_VERSION, **asdict(self.config), "nnz": self.nnz}
+        record = {
+            "format": "speft",
+            "format_version": FORMAT_VERSION,
+            **asdict(self.config),
+            "nnz": self.nnz,
+        }
         text = json.dumps(record, indent=2)[:-2] + ',\n  "tensors": {\n'
-        rows = [f"    {json.dumps(n)}: {json.dumps(entry, separators=(',', ':'))}" for n, entry in listed.items()]
+        rows = [
+            f"    {json.dumps(n)}: {json.dumps(entry, separators=(',', ':'))}"
+            for n, entry in listed.items()
+        ]
         atomic_write(
-            folder / WEIGHTS_FILE, lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+            folder / WEIGHTS_FILE,
+            lambda file: safetensors.torch.save_file(
+                tensors, file, metadata={"format": "pt"}
+            ),
         )
         atomic_write(folder / CONFIG_FILE, text + ",\n".join(rows) + "\n  }\n}\n")
 
@@ -150,19 +185,36 @@ class SparseAdapter:
         return torch.equal(drawn_K, delta.indices_K.cpu())
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> SparseAdapter:
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu"
+    ) -> SparseAdapter:
         """Read and check the adapter in `folder`; UserError (one line) for anything missing, damaged or hostile."""
         folder = Path(folder)
-        if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-            missing = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / f).is_file()]
+        if (
+            not (folder / CONFIG_FILE).is_file()
+            or not (folder / WEIGHTS_FILE).is_file()
+        ):
+            missing = [
+                f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / f).is_file()
+            ]
             raise UserError(f"no adapter at {folder}: {' and '.join(missing)} missing")
         try:
             record = _read_config(folder / CONFIG_FILE)
             adapter = _read_weights(cls, folder / WEIGHTS_FILE, record, str(device))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-            raise UserError(f"{folder} is not a readable adapter: {type(error).__name__}: {str(error)[:200]}") from None
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            OSError,
+        ) as error:
+            raise UserError(
+                f"{folder} is not a readable adapter: {type(error).__name__}: {str(error)[:200]}"
+            ) from None
         return adapter.check()
 
 
@@ -182,13 +234,17 @@ def draw(origin: Mapping[str, Any], name: str, numel: int, count: int) -> torch.
 
 def _read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path.name} must be at most {MAX_CONFIG_BYTES:,} bytes, it has {path.stat().st_size:,}")
+        raise UserError(
+            f"{path.name} must be at most {MAX_CONFIG_BYTES:,} bytes, it has {path.stat().st_size:,}"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise UserError(f"{path.name} is nested too deeply") from None
     if not isinstance(record, dict) or record.get("format") != "speft":
-        raise UserError(f'{path.name} must be a speft adapter (its "format" says "speft"); is this a PEFT adapter?')
+        raise UserError(
+            f'{path.name} must be a speft adapter (its "format" says "speft"); is this a PEFT adapter?'
+        )
     version = record.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
@@ -197,7 +253,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_weights(cls: type[SparseAdapter], path: Path, record: dict[str, Any], device: str) -> SparseAdapter:
+def _read_weights(
+    cls: type[SparseAdapter], path: Path, record: dict[str, Any], device: str
+) -> SparseAdapter:
     known = {f.name for f in fields(AdapterConfig)}
     config = AdapterConfig(**{k: v for k, v in record.items() if k in known})
     deltas, dense, expected = {}, {}, set()
@@ -209,21 +267,33 @@ def _read_weights(cls: type[SparseAdapter], path: Path, record: dict[str, Any], 
                 raise UserError(f"{name}: a shape has no negative sizes, got {shape}")
             numel = math.prod(shape)
             values_K = file.get_tensor(f"{name}.values")
-            if values_K.dim() != 1 or values_K.dtype not in VALUE_DTYPES or values_K.numel() > numel:
+            if (
+                values_K.dim() != 1
+                or values_K.dtype not in VALUE_DTYPES
+                or values_K.numel() > numel
+            ):
                 got = f"{values_K.dtype} of shape {tuple(values_K.shape)}"
-                raise UserError(f"{name}: values must be 1-D floating point, at most {numel:,} of them, got {got}")
+                raise UserError(
+                    f"{name}: values must be 1-D floating point, at most {numel:,} of them, got {got}"
+                )
             expected.add(f"{name}.values")
             if f"{name}.gaps" in present:
                 expected.add(f"{name}.gaps")
-                indices_K = gaps.decode(file.get_tensor(f"{name}.gaps"), values_K.numel(), numel)
+                indices_K = gaps.decode(
+                    file.get_tensor(f"{name}.gaps"), values_K.numel(), numel
+                )
             elif config.random:
                 indices_K = draw(config.random, name, numel, values_K.numel())
             else:
-                raise UserError(f"{name} has values but no gaps, and the mask is not a seeded random one")
+                raise UserError(
+                    f"{name} has values but no gaps, and the mask is not a seeded random one"
+                )
             deltas[name] = SparseDelta(indices_K.to(device), values_K, shape)
         for key in sorted(present - expected):
             if not key.startswith("dense."):
-                raise UserError(f"{path.name} holds {key!r}, which {CONFIG_FILE} does not list")
+                raise UserError(
+                    f"{path.name} holds {key!r}, which {CONFIG_FILE} does not list"
+                )
             dense[key.removeprefix("dense.")] = file.get_tensor(key)
     prints = {n: dict(entry) for n, entry in record["tensors"].items()}
     return cls(deltas, dense, config, prints)
@@ -242,7 +312,9 @@ class Applied:
             indices_K = delta.indices_K.to(weight.device)
             base_K = gather(weight, indices_K)
             self._saved[name] = (indices_K, base_K)
-            scatter(weight, indices_K, add_values(base_K, delta.values_K.to(weight.device)))
+            scatter(
+                weight, indices_K, add_values(base_K, delta.values_K.to(weight.device))
+            )
         for name, tensor in adapter.dense.items():
             parameters[name].data.copy_(tensor)
         self._stack: list[Applied] = model.__dict__.setdefault("_speft_applied", [])
@@ -253,7 +325,9 @@ class Applied:
         if self not in self._stack:
             return
         if self._stack[-1] is not self:
-            raise UserError("adapters come off in the reverse order: restore the one applied last first")
+            raise UserError(
+                "adapters come off in the reverse order: restore the one applied last first"
+            )
         parameters = base_parameters(self._model)
         for name, (indices_K, base_K) in self._saved.items():
             weight = parameters[name]

@@ -28,14 +28,22 @@ def encode(indices_K: torch.Tensor) -> torch.Tensor:
     count = gaps_K.size
     if count == 0:
         return torch.empty(0, dtype=torch.uint8)
-    sizes = {w: w * count + (count + (int((gaps_K >> (8 * w)).sum()) if w < 8 else 0) + 7) // 8 for w in WIDTHS}
+    sizes = {
+        w: w * count
+        + (count + (int((gaps_K >> (8 * w)).sum()) if w < 8 else 0) + 7) // 8
+        for w in WIDTHS
+    }
     width = min(sizes, key=lambda w: sizes[w])
     high_K = gaps_K >> (8 * width) if width < 8 else np.zeros(count, dtype=np.int64)
     low = gaps_K.astype("<u8").view(np.uint8).reshape(count, 8)[:, :width]
     ends_K = np.cumsum(high_K + 1) - 1  # where each unary code has its zero
     bits = np.ones(int(ends_K[-1]) + 1, dtype=np.uint8)
     bits[ends_K] = 0
-    parts = [np.array([width], dtype=np.uint8), low.ravel(), np.packbits(bits, bitorder="little")]
+    parts = [
+        np.array([width], dtype=np.uint8),
+        low.ravel(),
+        np.packbits(bits, bitorder="little"),
+    ]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -46,7 +54,9 @@ def decode(code: torch.Tensor, count: int, numel: int) -> torch.Tensor:
     strictly increasing within [0, numel). Memory stays proportional to `count` + the length of `code`.
     """
     if code.dtype != torch.uint8 or code.dim() != 1:
-        raise UserError(f"gaps must be a 1-D uint8 tensor, got {code.dtype} with {code.dim()} dimensions")
+        raise UserError(
+            f"gaps must be a 1-D uint8 tensor, got {code.dtype} with {code.dim()} dimensions"
+        )
     raw = code.cpu().numpy()
     if count == 0:
         if raw.size:
@@ -60,26 +70,43 @@ def decode(code: torch.Tensor, count: int, numel: int) -> torch.Tensor:
         raise UserError(
             f"gaps are truncated: {count} indices need {width * count} bytes of remainders, got {body.size}"
         )
-    low_K = np.zeros((count, 8), dtype=np.uint8) if width in (4, 8) else None
-    if low_K is not None:
-        low_K[:, :width] = body[: width * count].reshape(count, width)
-        gaps_K = low_K.view("<u8").ravel()
-    else:
-        gaps_K = np.ascontiguousarray(body[: width * count]).view("<u1" if width == 1 else "<u2").astype(np.uint64)
-    bits = np.unpackbits(body[width * count :], bitorder="little")
-    ends_K = np.flatnonzero(bits == 0)
-    if ends_K.size < count or bits[ends_K[count - 1] + 1 :].any() or bits.size - ends_K[count - 1] > 8:
-        raise UserError(f"gaps are damaged: the high parts of {count} indices do not end where the bytes end")
+    low_K = _remainders(body[: width * count], width)
+    # Inverted, the zero that ends each unary code is a one, which numpy finds fast.
+    ends_K = np.flatnonzero(
+        np.unpackbits(~body[width * count :], bitorder="little").view(bool)
+    )
+    bits = 8 * (body.size - width * count)
+    if (
+        ends_K.size < count
+        or ends_K.size - count != bits - 1 - int(ends_K[count - 1])
+        or bits - ends_K[count - 1] > 8
+    ):
+        raise UserError(
+            f"gaps are damaged: the high parts of {count} indices do not end where the bytes end"
+        )
     ends_K = ends_K[:count]
-    high_K = np.diff(ends_K, prepend=-1) - 1
-    if high_K.any():
-        if width == 8 or int(high_K.max()) >= 2 ** (62 - 8 * width):
-            raise UserError("gaps are damaged: a gap does not fit 62 bits")
-        gaps_K = gaps_K + (high_K.astype(np.uint64) << np.uint64(8 * width))
-    if int(gaps_K.max()) >= max(numel, 1) or bool((gaps_K[1:] == 0).any()):
-        raise UserError(f"indices must increase strictly within [0, {numel}), the gaps do not")
-    indices_K = np.cumsum(gaps_K.astype(np.int64))
-    # Every gap is below numel, so a sum that overflowed 63 bits would have passed numel (and failed here) before.
-    if int(indices_K[-1]) >= numel or int(indices_K.min()) < 0:
-        raise UserError(f"indices must lie in [0, {numel}), got {int(indices_K[-1])}")
-    return torch.from_numpy(indices_K).to(index_dtype(numel))
+    # The last index is the sum of all gaps; exact in Python's integers, it bounds every partial sum below.
+    carried = int(ends_K[-1]) - (count - 1)
+    last = (int(low_K.sum(dtype=np.uint64)) if width < 8 else sum(low_K.tolist())) + (
+        carried << 8 * width
+    )
+    if last >= numel or (carried and width == 8):
+        raise UserError(f"indices must lie in [0, {numel}), the gaps lead to {last}")
+    exact = np.int32 if index_dtype(numel) == torch.int32 else np.int64
+    indices_K = np.cumsum(low_K, dtype=exact)
+    if carried:
+        indices_K += (ends_K - np.arange(count)).astype(exact) << exact(8 * width)
+    if bool((indices_K[1:] <= indices_K[:-1]).any()):
+        raise UserError(
+            f"indices must increase strictly within [0, {numel}), a gap is 0"
+        )
+    return torch.from_numpy(indices_K)
+
+
+def _remainders(raw: np.ndarray, width: int) -> np.ndarray:
+    """The K remainders of `width` bytes each, as unsigned integers; a copy where the bytes are not aligned."""
+    return (
+        np.ascontiguousarray(raw)
+        if width == 1
+        else np.frombuffer(raw.tobytes(), dtype=f"<u{width}")
+    )
