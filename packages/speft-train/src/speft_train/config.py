@@ -55,7 +55,7 @@ class WordProblemsConfig:
 
     kinds: list[str] = _key(lambda: list(PROBLEM_KINDS), "kinds of problems, drawn in equal shares", each=PROBLEM_KINDS, nonempty=True)
     max_number: int = _key(60, "largest number that is added or subtracted", minimum=20, maximum=100_000)
-    max_factor: int = _key(9, "largest factor of a multiplication", minimum=5, maximum=1000)
+    max_factor: int = _key(12, "largest factor of a multiplication", minimum=8, maximum=1000)
     seed: int = _key(0, "seed of the problems; train and test stay disjoint under every seed", minimum=0)
 
 

@@ -1,0 +1,121 @@
+"""From the `data` section of a config to token data sets and the rows to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from speft_core.errors import UserError
+
+from ..config import DataConfig, RunConfig
+from .sources import NoSplitError, Rows, available_columns, file_kind, load_rows
+from .templates import TEMPLATES, Rendered, columns_of
+from .tokens import LengthReport, TokenDataset, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_MISTAKES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBundle:
+    """The data of a run. Rows are as they came, examples are rendered, data sets are token ids."""
+
+    train: TokenDataset
+    validation: TokenDataset | None = None
+    test: TokenDataset | None = None  # for the loss on held-out answers
+    train_rows: Rows = field(default_factory=list)
+    test_rows: Rows = field(default_factory=list)  # for generation
+    reports: dict[str, LengthReport] = field(default_factory=dict)
+
+    def summary(self, cfg: DataConfig) -> list[str]:
+        """A line a split: how many examples and tokens, and what was dropped or cut."""
+        return [report.sentence(name, cfg.max_length) for name, report in self.reports.items()]
+
+
+def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
+    """Load, render and tokenize all data of a run. Raises a UserError that names the source and the row of what is wrong."""
+    data = cfg.data
+    rows = load_splits(data)
+    sets: dict[str, TokenDataset] = {}
+    reports: dict[str, LengthReport] = {}
+    for name, split_rows in rows.items():
+        source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[name]
+        examples = render(split_rows, tokenizer, data, source)
+        sets[name], reports[name] = tokenize(examples, tokenizer, data.max_length, data.overlong, data.prompt_loss, name)
+    if reports["train"].used == 0:
+        raise UserError(
+            f"data.max_length must leave at least one training example; {data.max_length} leaves none of {reports['train'].rows}"
+        )
+    return DataBundle(
+        train=sets["train"],
+        validation=_non_empty(sets.get("validation")),
+        test=_non_empty(sets.get("test")),
+        train_rows=rows["train"],
+        test_rows=rows.get("test", []),
+        reports=reports,
+    )
+
+
+def load_splits(data: DataConfig) -> dict[str, Rows]:
+    """Rows of train, and of validation and test where there are any."""
+    rows: dict[str, Rows] = {}
+    held = data.validation_from_train
+    if held and data.validation is not None:
+        raise UserError("data: set validation or validation_from_train, not both")
+    if held and not data.train.startswith("bundled:"):
+        everything = load_rows(data.train, data.train_split, None, data)
+        if held >= len(everything):
+            raise UserError(f"data.validation_from_train must be less than the {len(everything)} rows of {data.train}; got {held}")
+        rows["train"] = everything[:-held][: data.train_size]
+        rows["validation"] = everything[-held:]
+    else:
+        rows["train"] = load_rows(data.train, data.train_split, data.train_size, data)
+        if held:  # a generator has no end: it makes as many of its validation split
+            rows["validation"] = load_rows(data.train, data.validation_split, held, data)
+    if data.validation is not None:
+        rows["validation"] = load_rows(data.validation, data.validation_split, data.validation_size, data)
+    if data.test is not None:
+        rows["test"] = load_rows(data.test, data.test_split, data.test_size, data)
+    elif data.train.startswith("bundled:") or file_kind(data.train) is None:
+        try:
+            rows["test"] = load_rows(data.train, data.test_split, data.test_size, data)
+        except NoSplitError:
+            pass  # many data sets have training data only
+    return rows
+
+
+def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig, source: str) -> list[Rendered]:
+    """Rows as text by the template; the first few rows that cannot be rendered are named together."""
+    columns = columns_of(data.template, data.columns, available_columns(rows), source)
+    make = TEMPLATES[data.template].render
+    rendered: list[Rendered] = []
+    mistakes: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            rendered.append(make(_by_role(row, columns), tokenizer, data.system_prompt))
+        except UserError as error:
+            mistakes.append(f"row {number}: {error}")
+            if len(mistakes) == SHOWN_MISTAKES:
+                break
+    if mistakes:
+        raise UserError(f"{source} has rows that template {data.template} cannot use: {'; '.join(mistakes)}")
+    return rendered
+
+
+def _by_role(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    return {role: row[column] for role, column in columns.items() if column in row}
+
+
+def _non_empty(dataset: TokenDataset | None) -> TokenDataset | None:
+    return dataset if dataset is not None and len(dataset) else None
+
+
+def calibration_rows(dataset: TokenDataset, count: int, seed: int) -> Sequence[int]:
+    """Places of the examples that the saliency pass reads: `count` different ones, drawn by the seed."""
+    import random
+
+    count = min(count, len(dataset))
+    return random.Random(f"calibration {seed}").sample(range(len(dataset)), count)

@@ -1,0 +1,166 @@
+"""From a row of data to a prompt and the text to learn. One function a template, in the table TEMPLATES.
+
+A rendered example is a list of pieces of text, each either read (prompt) or learnt (answer); pieces are tokenized one by one, so
+a prompt has the same tokens in training and in generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from speft_core.errors import UserError, nearest
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text of an example."""
+
+    text: str
+    learn: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example as text. `special`: the tokenizer's own special tokens are added, as for plain text."""
+
+    pieces: tuple[Piece, ...]
+    special: bool = True
+
+    @property
+    def prompt(self) -> str:
+        """All that comes before the last learnt piece: what the model is given when it must answer."""
+        last = max((i for i, piece in enumerate(self.pieces) if piece.learn), default=len(self.pieces))
+        return "".join(piece.text for piece in self.pieces[:last])
+
+    @property
+    def answer(self) -> str:
+        return next((piece.text for piece in reversed(self.pieces) if piece.learn), "")
+
+
+class ChatTokenizer(Protocol):
+    """What the chat template needs of a tokenizer."""
+
+    chat_template: Any
+    eos_token: Any
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Template:
+    """Roles that a row must and may have, and how they become text."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    render: Callable[[Row, ChatTokenizer, str | None], Rendered]
+
+
+def columns_of(template: str, columns: Mapping[str, str], available: Sequence[str], source: str) -> dict[str, str]:
+    """Role -> column of the data, checked: unknown roles, missing columns."""
+    known = TEMPLATES[template]
+    roles = known.required + known.optional
+    for role in columns:
+        if role not in roles:
+            raise UserError(f"data.columns: template {template} has the roles {', '.join(roles)}; got {role!r}.{nearest(role, roles)}".removesuffix("."))
+    chosen = {role: columns.get(role, role) for role in roles}
+    if template == "chat" and "messages" not in columns and "messages" not in available:
+        chosen = _chat_columns(columns, available)
+    missing = [chosen[r] for r in roles if r in chosen and (r in known.required or r in columns) and chosen[r] not in available]
+    if missing:
+        listed = ", ".join(available) or "none"
+        raise UserError(
+            f"{source} must have the column{'s' * (len(missing) > 1)} {', '.join(missing)} for template {template}; it has {listed}"
+            f" (data.columns maps {', '.join(roles)} to columns)"
+        )
+    return {role: column for role, column in chosen.items() if column in available}
+
+
+def _chat_columns(columns: Mapping[str, str], available: Sequence[str]) -> dict[str, str]:
+    """A chat of one question and one answer may stand in two columns."""
+    question, answer = columns.get("question", "question"), columns.get("answer", "answer")
+    if question in available and answer in available:
+        return {"question": question, "answer": answer}
+    return {"messages": "messages"}
+
+
+def _question_answer(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
+    prompt = f"Question: {_text(row, 'question')}\nAnswer:"
+    return Rendered((Piece(prompt, False), Piece(" " + _text(row, "answer"), True)))
+
+
+def _alpaca(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
+    """The prompt of Stanford Alpaca, word for word."""
+    instruction, extra = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
+    if extra:
+        prompt = (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
+        )
+    else:
+        prompt = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Response:"
+        )
+    return Rendered((Piece(prompt, False), Piece(_text(row, "output"), True)))
+
+
+def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
+    """The tokenizer's own chat template; every turn of the assistant is learnt."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("template chat needs a tokenizer with a chat template; this one has none: use question_answer or alpaca")
+    messages = _messages(row, system)
+    pieces: list[Piece] = []
+    done = ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise UserError("template chat needs a chat template in which later turns leave earlier ones as they are; this one does not")
+        pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], True)]
+        done = after
+    last = pieces[-1]
+    if tokenizer.eos_token and last.text.rstrip().endswith(tokenizer.eos_token):
+        pieces[-1] = Piece(last.text.rstrip(), True)  # nothing is generated after the end of the turn
+    return Rendered(tuple(pieces), special=False)
+
+
+def _messages(row: Row, system: str | None) -> list[dict[str, str]]:
+    if "messages" not in row:
+        messages = [{"role": "user", "content": _text(row, "question")}, {"role": "assistant", "content": _text(row, "answer")}]
+    else:
+        messages = row["messages"]
+        right = isinstance(messages, Sequence) and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        )
+        if isinstance(messages, str) or not right:
+            raise UserError("messages must be a list of mappings with the texts role and content")
+        messages = [dict(role=m["role"], content=m["content"]) for m in messages]
+        if not any(m["role"] == "assistant" for m in messages):
+            raise UserError("messages must hold a turn of the assistant; they hold none")
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _text(row: Row, role: str) -> str:
+    """The text of a role; numbers are written out."""
+    value = row.get(role)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{role} must be text that is not empty; got {value!r}"[:200])
+    return value.strip()
+
+
+TEMPLATES: dict[str, Template] = {
+    "question_answer": Template(("question", "answer"), (), _question_answer),
+    "alpaca": Template(("instruction", "output"), ("input",), _alpaca),
+    "chat": Template(("messages",), ("question", "answer"), _chat),
+}
