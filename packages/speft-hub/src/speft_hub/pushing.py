@@ -1,0 +1,178 @@
+"""Publishing an adapter: an explicit list of checked files in one commit on top of a known parent."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from speft_core import SparseAdapter, UserError
+
+from . import names
+from .card import CardFields, render
+from .card_merge import merge_cards
+from .pulling import check_folder, fetch_small
+from .registry import Content, Entry, NotFound, Reference, Registry, digest, parse, same
+
+SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
+TEXT_LIMIT = 4 << 20
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did: the branch's commit, whether it is new, which files changed and which were left at home."""
+
+    repo: str
+    sha: str
+    changed: list[str]
+    deleted: list[str]
+    left_out: list[str]
+
+
+def collect(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
+    """The adapter's files in `folder` by name, and the names of everything else there. UserError for links among them."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; push takes the folder of an adapter")
+    found: dict[str, Path] = {}
+    others: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        mode = path.lstat().st_mode
+        known = names.size_limit(name) is not None
+        if stat.S_ISLNK(mode) and (known or name in ("heads", ".eval_results")):
+            raise UserError(f"{path} is a link; what it points at would be published, push takes real files only")
+        if stat.S_ISDIR(mode) and known:
+            raise UserError(f"{path} is a folder, a file is expected there")
+        if known and not stat.S_ISREG(mode):
+            raise UserError(f"{path} is no regular file")
+        if known:
+            names.check_size(name, path.stat().st_size, str(folder))
+            found[name] = path
+        elif not stat.S_ISDIR(mode):
+            others.append(name)
+    names.choose(found, str(folder))
+    return found, others
+
+
+def _refuse_secrets(contents: Mapping[str, Content]) -> None:
+    for name, content in contents.items():
+        if name.endswith(".safetensors"):
+            continue
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if SECRET.search(data):
+            raise UserError(f"{name} holds what looks like an access token; it would be published, remove it")
+
+
+def _public_config(folder: Path, base_model: str | None) -> bytes:
+    """`adapter_config.json` as it is published: a base given as a path of this machine becomes `base_model` or its last part."""
+    text = (folder / names.CONFIG).read_bytes()
+    config = json.loads(text)
+    told = config.get("base_model_name_or_path")
+    public = base_model or public_base(told)
+    if told == public:
+        return text
+    old, new = json.dumps(told), json.dumps(public)
+    return text.replace(f'"base_model_name_or_path": {old}'.encode(), f'"base_model_name_or_path": {new}'.encode(), 1)
+
+
+def public_base(told: str | None) -> str | None:
+    """The base model's name as others may see it: a path of this machine is cut to its last part."""
+    if not told:
+        return None
+    is_path = told.startswith(("/", ".", "~")) or "\\" in told or told.count("/") > 1
+    return Path(told.rstrip("/\\").replace("\\", "/")).name if is_path else told
+
+
+def push(
+    folder: str | Path,
+    reference: str | Reference,
+    *,
+    branch: str | None = None,
+    parent: str | None = None,
+    private: bool = False,
+    tag: str | None = None,
+    message: str | None = None,
+    fields: CardFields | None = None,
+    card: str = "auto",
+) -> Pushed:
+    """Publish the adapter in `folder` to `owner/name` or `file:///…`, creating the repository when it is new.
+
+    The adapter is loaded and checked first. Only an adapter's own files are sent, links are refused. The commit is made on
+    top of `parent` (by default the branch's head when the push began), so that of two pushes at once the second is refused
+    (StaleParent). Nothing is committed when nothing changed. `card`: whose edits of README.md to keep when both the
+    folder's and the repository's were edited, "local" or "hub"; "auto" refuses to choose between two.
+    """
+    folder = Path(folder)
+    reference = parse(reference) if isinstance(reference, str) else reference
+    registry, repo = reference.registry, reference.repo
+    branch = branch or reference.revision or "main"
+    fields = fields or CardFields()
+    found, left_out = collect(folder)
+    adapter = check_folder(folder)
+    contents: dict[str, Content] = dict(found)
+    contents[names.CONFIG] = _public_config(folder, fields.base_model)
+    _refuse_secrets(contents)
+    fields.check()
+
+    try:
+        head = registry.resolve(repo, branch)
+    except NotFound:
+        head = _create(registry, repo, branch, private)
+    parent = parent or head
+    tree = registry.tree(repo, head)
+    contents.update(_cards(adapter, folder, registry, repo, head, tree, fields, card))
+    _refuse_secrets({names.CARD: contents[names.CARD]})
+
+    changed = [n for n, c in contents.items() if n not in tree or not same(digest(c), tree[n])]
+    kept_for_people = (names.CARD, "LICENSE", "LICENSE.md", "LICENSE.txt")
+    deleted = [n for n in tree if names.size_limit(n) is not None and n not in contents and n not in kept_for_people]
+    sha = head
+    if changed or deleted or parent != head:
+        title = message or f"Upload a sparse adapter ({adapter.nnz:,} parameters)"
+        sha = registry.commit(repo, branch, parent, {n: contents[n] for n in changed}, deleted, title)
+    if tag:
+        _tag(registry, repo, tag, sha)
+    return Pushed(registry.address(repo), sha, sorted(changed), sorted(deleted), left_out)
+
+
+def _create(registry: Registry, repo: str, branch: str, private: bool) -> str:
+    """Make what is missing, the repository or only the branch (which starts at main), and return the branch's commit."""
+    registry.create(repo, private)
+    main = registry.resolve(repo, "main")
+    if branch == "main":
+        return main
+    registry.branch(repo, branch, main)
+    return registry.resolve(repo, branch)
+
+
+def _tag(registry: Registry, repo: str, tag: str, sha: str) -> None:
+    """Tag `sha`; a tag that is there already is fine when it names this commit."""
+    there = registry.references(repo).tags.get(tag)
+    if there is None:
+        registry.tag(repo, tag, sha)
+    elif registry.resolve(repo, tag) != sha:
+        raise UserError(f"{registry.address(repo)} has a tag {tag!r} at {there[:12]} already; tags do not move")
+
+
+def _cards(
+    adapter: SparseAdapter,
+    folder: Path,
+    registry: Registry,
+    repo: str,
+    head: str,
+    tree: Mapping[str, Entry],
+    fields: CardFields,
+    prefer: str,
+) -> dict[str, Content]:
+    """The card, its picture and the evaluation files, generated anew and merged with what people wrote."""
+    rendered = render(adapter, folder, registry.address(repo), fields)
+    local = (folder / names.CARD).read_text(encoding="utf-8") if (folder / names.CARD).is_file() else None
+    hub = None
+    if names.CARD in tree:
+        hub = fetch_small(Reference(registry, repo, head), names.CARD, tree[names.CARD]).decode("utf-8", "replace")
+    text = merge_cards(rendered, local, hub, prefer=prefer, explicit=fields.given())
+    return {names.CARD: text.encode(), **{n: c.encode() for n, c in rendered.files.items()}}
