@@ -1,0 +1,93 @@
+"""What happens around the Trainer's steps: progress, stopping on a signal or on a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from speft_core.errors import UserError
+
+from .ranks import Ranks
+from .signals import StopRequest
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the loop after the step in which any rank got a signal, with a checkpoint."""
+
+    def __init__(self, request: StopRequest, ranks: Ranks) -> None:
+        self.request, self.ranks = request, ranks
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """All ranks agree, so that none saves alone."""
+        if self.ranks.any(self.request.signum is not None):
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class FiniteLoss(TrainerCallback):
+    """Ends the run at the first logged loss that is not finite: what follows would be noise."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The Trainer has averaged the loss over ranks and over the steps since the last log."""
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {state.global_step} of {state.max_steps}; lower train.learning_rate"
+                    f" (now {args.learning_rate:g}), set train.max_grad_norm, or train in float32 (model.dtype=float32)"
+                )
+
+
+class Progress(TrainerCallback):
+    """One bar over the steps, with the loss beside it."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run starts where it was."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One step further."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The newest figures."""
+        names = ("loss", "eval_loss", "learning_rate")
+        shown = {name: f"{value:.4g}" for name, value in (logs or {}).items() if name in names}
+        if self.bar is not None and shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The bar stays, full."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,50 @@
+"""README.md of the adapter folder: the model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from . import results
+from .config import to_yaml
+from .context import Run
+
+USE = {
+    "sparse": """```python
+import speft_core as sc
+adapter = sc.SparseAdapter.load("adapter")     # this folder
+with adapter.applied(model):                   # in place; the base's bits are back on exit
+    model.generate(...)
+```""",
+    "lora": """```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, "adapter")     # this folder
+```""",
+    "full": """```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("adapter")     # this folder
+```""",
+}
+
+
+def text(run: Run, found: dict[str, Any] | None = None) -> str:
+    """The card; with the figures once there are any."""
+    cfg, method = run.cfg, run.cfg.adapter.method
+    head: dict[str, Any] = {
+        "base_model": cfg.model.name,
+        "library_name": {"sparse": "speft", "lora": "peft", "full": "transformers"}[method],
+        "tags": ["speft", method, cfg.adapter.metric] if method == "sparse" else [method],
+    }
+    if "/" in cfg.data.train and not cfg.data.train.endswith((".jsonl", ".csv", ".json")):
+        head["datasets"] = [cfg.data.train]
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {run.folder.path.name}"]
+    parts.append(f"`{cfg.model.name}`, adapted by method `{method}` on `{cfg.data.train}`.")
+    if found is not None:
+        rows = results.figure_rows(found)
+        if rows:
+            table = ["| | base | adapted |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
+            parts += ["## Evaluation", "\n".join(table)]
+        parts += ["## Training", "\n".join(f"- {what}: {value}" for what, value in results.fact_rows(found))]
+    parts += ["## Use", USE[method], "## Configuration", f"```yaml\n{to_yaml(cfg)}```"]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,126 @@
+"""Checkpoint folders: what is trained and no frozen weight; a COMPLETE marker; which one to resume from.
+
+checkpoint-120/
+  trainable.safetensors   every trained parameter by name (rank 0)
+  global_step120/         DeepSpeed: each rank's optimizer state       optimizer.pt   one plain process
+  scheduler.pt, trainer_state.json, rng_state*.pth                     of transformers
+  COMPLETE                written last, after all ranks have written theirs
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from speft_core.errors import UserError
+from speft_core.files import atomic_write
+
+MARKER = "COMPLETE"
+TRAINABLE = "trainable.safetensors"
+PREFIX = "checkpoint-"
+# Left free beside a checkpoint: the report, the logs and the adapter follow.
+SPARE_BYTES = 64 << 20
+# Bytes a checkpoint keeps of a trained scalar at most: values, a float32 copy, two moments.
+BYTES_PER_SCALAR = 16
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder by its name; -1 for other names."""
+    number = folder.name.removeprefix(PREFIX)
+    return int(number) if folder.name.startswith(PREFIX) and number.isdigit() else -1
+
+
+def found(run: Path) -> list[Path]:
+    """All checkpoint folders of a run, oldest step first."""
+    return sorted((f for f in run.glob(f"{PREFIX}*") if f.is_dir() and step_of(f) >= 0), key=step_of)
+
+
+def complete(run: Path) -> list[Path]:
+    """Those that were written to the end, oldest step first."""
+    return [f for f in found(run) if (f / MARKER).is_file()]
+
+
+def remove_incomplete(run: Path) -> list[str]:
+    """Remove what a kill in mid-save left behind; the names of what was removed."""
+    broken = [f for f in found(run) if not (f / MARKER).is_file()]
+    for folder in broken:
+        shutil.rmtree(folder)
+    return [f.name for f in broken]
+
+
+def mark_complete(folder: Path, made_by: Mapping[str, Any]) -> None:
+    """Write the marker; `made_by` says which setup can load the optimizer's state."""
+    atomic_write(folder / MARKER, json.dumps(dict(made_by)) + "\n")
+
+
+def unmark(folder: Path) -> None:
+    """The folder is about to be written again."""
+    (folder / MARKER).unlink(missing_ok=True)
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """What `mark_complete` was told."""
+    try:
+        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
+    """Remove the oldest complete checkpoints beyond `limit`; never the newest, nor the one named `keep`."""
+    if not limit:
+        return
+    for folder in complete(run)[:-limit]:
+        if keep is None or folder.name != Path(keep).name:
+            unmark(folder)
+            shutil.rmtree(folder)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of all that is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trainable(model: nn.Module, folder: Path) -> None:
+    """Write every trained parameter. OSError when the disk is full."""
+    state = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    require_space(folder.parent, sum(p.numel() * BYTES_PER_SCALAR for p in state.values()), f"checkpoint {folder.name}")
+    atomic_write(folder / TRAINABLE, lambda file: safetensors.torch.save_file(state, file))
+
+
+@torch.no_grad()
+def load_trainable(model: nn.Module, folder: Path) -> None:
+    """Put saved values into the model's trained parameters; names and shapes must agree exactly."""
+    try:
+        state = safetensors.torch.load_file(str(folder / TRAINABLE))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{folder / TRAINABLE} cannot be read ({error}); remove {folder} to start from the one before"
+        ) from None
+    ours = trainable(model)
+    if set(ours) != set(state):
+        odd = sorted(set(ours) ^ set(state))[0]
+        raise UserError(f"{folder} does not fit this run: {odd} is trained in only one of them")
+    for name, parameter in ours.items():
+        if parameter.shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} there and {tuple(parameter.shape)} here"
+            raise UserError(f"{folder} does not fit this run: {name} has shape {shapes}")
+        parameter.copy_(state[name])
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise a UserError when the disk cannot hold `needed` bytes more."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        wanted = (needed + SPARE_BYTES) / 2**20
+        raise UserError(f"no space for {what}: it needs {wanted:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free")

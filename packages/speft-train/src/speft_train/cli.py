@@ -1,0 +1,155 @@
+"""`speft-train run CONFIG [key=value ...]`: parse, build, call. Every expected failure is one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speft_core.errors import UserError
+
+from .signals import Stopped, handled
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    help="Sparse fine-tuning runs of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArg = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
+OverridesArg = Annotated[list[str] | None, typer.Argument(help="key=value, as train.max_steps=10", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done and needed, and do nothing")]
+LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+@app.callback()
+def _group() -> None:
+    """Sparse fine-tuning runs of language models."""
+
+
+@app.command()
+def run(config: ConfigArg, overrides: OverridesArg = None, dry_run: DryRun = False, local_rank: LocalRank = -1) -> None:
+    """Run a config: load, mask, attach, train, save, evaluate, report. Finished stages are reused."""
+    if local_rank >= 0:  # the deepspeed launcher passes it before the config, and older ones do not set the variable
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    raise typer.Exit(guarded(lambda: execute(config, overrides or [], dry_run)))
+
+
+def main() -> None:
+    """The `speft-train` command."""
+    app()
+
+
+def run_main() -> None:
+    """`python run.py CONFIG ...`: the run command alone."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(run)
+    alone()
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Do the work; print what a user can act on in one line, and give the exit code. A bug keeps its traceback."""
+    try:
+        with handled():
+            work()
+        return 0
+    except UserError as error:
+        return _fail(str(error))
+    except Stopped as stopped:
+        _print(str(stopped))
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        _print("interrupted")
+        return INTERRUPTED
+    except OSError as error:
+        return _fail(_os_error(error))
+    except Exception as error:
+        reason = _full_disk(error)
+        if reason is None:
+            raise
+        return _fail(reason)
+
+
+def execute(config: Path, overrides: list[str], dry_run: bool) -> None:
+    """One run, from its file to its summary."""
+    from rich.console import Console
+
+    from . import engine, refusals
+    from .config import load_config
+    from .folder import RunFolder
+
+    console = Console(stderr=False)
+    cfg = load_config(config, overrides)
+    refusals.check(cfg)
+    folder = RunFolder(cfg.output_dir)
+    folder.check(cfg)
+    if dry_run:
+        from . import plan
+
+        rank, world, _ = engine.launched_ranks()
+        if rank == 0:
+            plan.show(cfg, world, console)
+        return
+    _quiet()
+    _run(cfg, folder, console)
+
+
+def _run(cfg: Any, folder: Any, console: Any) -> None:
+    from . import engine, report, stages
+    from .context import Run
+
+    with handled() as request:
+        ranks = engine.start(cfg.deepspeed)
+        try:
+            ranks.on_main(lambda: folder.claim(cfg))
+            this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
+            stages.run_stages(this)
+            if ranks.is_main:
+                report.print_summary(this)
+            ranks.barrier()
+        finally:
+            engine.stop(ranks)
+
+
+def _quiet() -> None:
+    """Libraries speak through the log at warning level or not at all; other ranks say nothing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _fail(message: str) -> int:
+    _print(f"error: {message}")
+    return USAGE_ERROR
+
+
+def _print(message: str) -> None:
+    """Rank 0 speaks for all; another rank only of what happened to it alone, which PeerError is not."""
+    from .ranks import PeerError
+
+    rank = os.environ.get("RANK", "0")
+    error = sys.exc_info()[1]
+    if rank == "0" or not isinstance(error, PeerError):
+        one_line = " ".join(message.split())
+        print(one_line if rank == "0" else f"rank {rank}: {one_line}", file=sys.stderr, flush=True)
+
+
+def _os_error(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _full_disk(error: Exception) -> str | None:
+    """torch and safetensors report a full disk as errors of their own."""
+    text = str(error)
+    signs = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container", "Disk quota exceeded")
+    if any(sign in text for sign in signs):
+        return f"the disk is full or cannot be written: {text.splitlines()[0]}"
+    return None

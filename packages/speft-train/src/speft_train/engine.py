@@ -1,0 +1,183 @@
+"""DeepSpeed: starting the processes, the settings it gets, its checkpoints. No other file imports deepspeed.
+
+It is imported when a run uses it and not before: a run in one plain process neither needs it nor pays for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from speft_core.errors import UserError
+
+from .config import DeepspeedSection
+from .ranks import Ranks
+
+# One rank may evaluate or score for a long time while the others wait.
+WAIT = timedelta(hours=6)
+# Keys of a raw DeepSpeed config that follow from the train section; "auto" is always right for them.
+FROM_TRAIN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+OFFLOADS = ("offload_optimizer", "offload_param")
+
+
+def launched_ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank) that a launcher put into the environment; (0, 1, 0) without one."""
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    return rank, world, local
+
+
+def is_enabled(section: DeepspeedSection) -> bool:
+    """Whether the run is on DeepSpeed: as told, or else if a launcher started it."""
+    if section.enabled == "auto":
+        return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    return bool(section.enabled)
+
+
+def start(section: DeepspeedSection) -> Ranks:
+    """Join the other processes. Without DeepSpeed there must be none."""
+    rank, world, local_rank = launched_ranks()
+    if not is_enabled(section):
+        if world > 1:
+            raise UserError(
+                f"several processes need DeepSpeed: deepspeed.enabled is false and {world} were launched;"
+                " allowed: auto or true"
+            )
+        return Ranks()
+    import torch
+    import torch.distributed as dist
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    deepspeed = _import_deepspeed()
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=WAIT
+        )
+    return Ranks(rank, world, local_rank, dist.new_group(backend="gloo", timeout=WAIT))
+
+
+def stop(ranks: Ranks) -> None:
+    """Leave the process group, if there is one."""
+    if ranks.group is None:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def settings(section: DeepspeedSection) -> dict[str, Any]:
+    """The DeepSpeed config of a run. A raw config's keys win, but for those that follow from the train section.
+
+    The optimizer block is left out: DeepSpeed would build a fused one on first use, and transformers passes torch's
+    AdamW.
+    """
+    zero: dict[str, Any] = {"stage": section.zero_stage}
+    for name in OFFLOADS:
+        device = getattr(section, name)
+        if device not in (None, "none"):
+            zero[name] = {"device": device}
+    made: dict[str, Any] = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+    raw = _raw(section)
+    for key, value in raw.items():
+        if key in FROM_TRAIN and value != "auto":
+            raise UserError(f"deepspeed.config: {key} follows from the train section; got {value!r}, allowed: auto")
+        both = isinstance(value, Mapping) and isinstance(made.get(key), Mapping)
+        made[key] = {**made[key], **value} if both else value
+    for key in FROM_TRAIN:
+        made[key] = "auto"
+    for half in ("bf16", "fp16"):
+        made.setdefault(half, {"enabled": "auto"})
+    return made
+
+
+def zero_stage(section: DeepspeedSection) -> int:
+    """The ZeRO stage, from the raw config if that names one."""
+    return int(settings(section)["zero_optimization"].get("stage", 0))
+
+
+def save_optimizer(engine: Any, folder: str) -> None:
+    """Each rank's part of the optimizer's state.
+
+    The module's own state is left out: `exclude_frozen_parameters` would still write tied frozen weights under their
+    second name, and what is trained is in a file of its own (checkpoints.py).
+    """
+    engine.module_state_dict = _no_weights
+    try:
+        engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    finally:
+        del engine.module_state_dict
+
+
+def load_optimizer(engine: Any, folder: str) -> None:
+    """The counterpart of `save_optimizer`."""
+    path, _ = engine.load_checkpoint(folder, load_module_strict=False)
+    if path is None:
+        raise UserError(f"{folder} holds no DeepSpeed state; remove it to start from the checkpoint before it")
+
+
+def versions() -> dict[str, str]:
+    """Version of deepspeed, if this run uses it."""
+    import sys
+
+    return {"deepspeed": sys.modules["deepspeed"].__version__} if "deepspeed" in sys.modules else {}
+
+
+def _no_weights(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return {}
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"this run needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed"
+        ) from None
+    import torch
+
+    if not torch.cuda.is_available():
+        # An optional gloo replacement that is compiled on first use (34 s) and needs ninja even when it is cached.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _raw(section: DeepspeedSection) -> dict[str, Any]:
+    if section.config is None:
+        return {}
+    if isinstance(section.config, Mapping):
+        return dict(section.config)
+    try:
+        found = json.loads(Path(section.config).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"deepspeed.config: {section.config} does not exist; it must be a JSON file or a mapping"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.config: {section.config} is not a JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"deepspeed.config: {section.config} must hold a JSON object; got {type(found).__name__}")
+    return found
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

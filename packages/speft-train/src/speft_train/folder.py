@@ -1,0 +1,117 @@
+"""The output folder: whose it is, which stages are done, and with which result.
+
+`config.yaml` is the whole configuration of the run; `stages.json` records each finished stage with the hash of what it
+depends on. A stage is done when its record has that hash and its files are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speft_core.errors import UserError
+from speft_core.files import atomic_write
+
+from .config import RunConfig, load_config, to_dict, to_yaml
+
+CONFIG, RECORD = "config.yaml", "stages.json"
+# What a run computes. The deepspeed and evaluate sections say how it is computed and what is measured.
+IDENTITY = ("model", "data", "adapter", "train", "seed")
+# Keys of the train section that change speed, memory or what is written, and not what is learned.
+NEUTRAL = (
+    "activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica",
+    "logging_first_step", "logging_steps", "per_device_eval_batch_size", "report_to", "run_name", "save_steps",
+    "save_strategy", "save_total_limit", "torch_empty_cache_steps", "use_cpu",
+)  # fmt: skip
+
+
+def identity(cfg: RunConfig) -> dict[str, Any]:
+    """What makes two runs the same run, as key path -> value."""
+    tree = to_dict(cfg)
+    tree["train"] = {k: v for k, v in tree["train"].items() if k not in NEUTRAL}
+    if tree["train"].get("global_batch_size") is not None:
+        tree["train"].pop("per_device_train_batch_size", None)
+    return dict(_flat({name: tree[name] for name in IDENTITY}))
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of plain values."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RunFolder:
+    """One output folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def check(self, cfg: RunConfig) -> None:
+        """Refuse a folder that holds something else. Nothing is written."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir must be a folder; {self.path} is a file")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        other = "; choose another with output_dir=..., or remove it"
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"output_dir {self.path} holds files that are not a run's (no {CONFIG}){other}")
+        try:
+            theirs = identity(load_config(self.path / CONFIG))
+        except UserError as error:
+            raise UserError(f"output_dir {self.path} holds a run that cannot be read ({error}){other}") from None
+        ours = identity(cfg)
+        differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if differ:
+            shown = ", ".join(f"{k} is {_show(theirs.get(k))} there and {_show(ours.get(k))} here" for k in differ[:3])
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise UserError(f"output_dir {self.path} holds a run of another config ({shown}{more}){other}")
+
+    def claim(self, cfg: RunConfig) -> None:
+        """Make the folder this run's."""
+        self.check(cfg)
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = to_yaml(cfg)
+        file = self.path / CONFIG
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            atomic_write(file, text)
+
+    def records(self) -> dict[str, Any]:
+        """Stage name -> {"key": ..., "result": ...}."""
+        try:
+            found = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / RECORD} cannot be read ({error}); remove it to run all stages again"
+            ) from None
+        return found if isinstance(found, dict) else {}
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a stage has recorded; empty when it has not run."""
+        found: dict[str, Any] = self.records().get(stage, {}).get("result", {})
+        return found
+
+    def is_done(self, stage: str, key: str, files: Sequence[str]) -> bool:
+        """Whether the stage ran with this key and its files are there."""
+        return self.records().get(stage, {}).get("key") == key and all((self.path / f).exists() for f in files)
+
+    def finish(self, stage: str, key: str, result: Mapping[str, Any]) -> None:
+        """Record a stage."""
+        records = {**self.records(), stage: {"key": key, "result": dict(result)}}
+        atomic_write(self.path / RECORD, json.dumps(records, indent=1, sort_keys=True) + "\n")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(f"{prefix}{key}", value)]
+    return rows
+
+
+def _show(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, default=str)

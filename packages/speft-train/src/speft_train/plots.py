@@ -1,0 +1,85 @@
+"""The plots of report.md: the loss curve, and the density of the mask by layer and module."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speft_core.files import atomic_write
+
+LOSS, DENSITY = "loss.png", "density.png"
+OUTSIDE = "-"
+
+
+def loss_curve(path: Path, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Training (and validation) loss over steps; False when there is nothing to draw."""
+    lines = {
+        name: [(row["step"], row[key]) for row in history if key in row and "step" in row]
+        for key, name in (("loss", "training"), ("eval_loss", "validation"))
+    }
+    if not any(lines.values()):
+        return False
+    figure = _figure(6.4, 3.6)
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 20 else None, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write(path, figure)
+    return True
+
+
+def place(name: str) -> tuple[str, str]:
+    """(layer, module) of a parameter: the first number in its name, and what follows it."""
+    found = re.search(r"\.(\d+)\.(.+)$", "." + name)
+    layer, rest = (found[1], found[2]) if found else (OUTSIDE, name)
+    module = rest.removesuffix(".weight")
+    return layer, module
+
+
+def density_table(densities: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
+    """(layers, modules, density[layer][module]); NaN where a layer has no such module."""
+    cells = {place(name): density for name, density in densities.items()}
+    layers = sorted(
+        {layer for layer, _ in cells}, key=lambda text: (text == OUTSIDE, int(text) if text.isdigit() else 0)
+    )
+    modules = list(dict.fromkeys(module for _, module in cells))
+    return layers, modules, [[cells.get((layer, module), float("nan")) for module in modules] for layer in layers]
+
+
+def density_map(path: Path, densities: Mapping[str, float]) -> bool:
+    """Heat map of layers x modules; False when the mask is empty."""
+    layers, modules, table = density_table(densities)
+    if not layers:
+        return False
+    figure = _figure(2.0 + 0.6 * len(modules), 1.6 + 0.18 * len(layers))
+    axes = figure.add_subplot()
+    image = axes.imshow([[100 * cell for cell in row] for row in table], aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(len(modules)), modules, rotation=40, ha="right", fontsize=7)
+    step = max(1, len(layers) // 30)
+    axes.set_yticks(range(0, len(layers), step), layers[::step], fontsize=7)
+    axes.set_ylabel("layer")
+    figure.colorbar(image, label="trained scalars, % of the tensor")
+    _write(path, figure)
+    return True
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window system, and no global state
+    return figure
+
+
+def _write(path: Path, figure: Any) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    atomic_write(path, buffer.getvalue())

@@ -1,0 +1,107 @@
+"""Combinations of settings that would run and be wrong without saying so, each with the reason and what to do instead.
+
+A rule is a row: when it holds, the run is refused. Most were found by comparing losses and weights with a plain run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from speft_core.errors import UserError
+
+from . import engine
+from .config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the rules look at."""
+
+    method: str
+    dtype: str  #: of the weights, "auto" resolved where the model is known
+    deepspeed: bool
+    stage: int
+    half: str | None  #: "bf16" or "fp16" of the train section
+    raw: dict[str, Any]  #: the DeepSpeed config
+    train: dict[str, Any]
+
+
+Rule = tuple[Callable[[Setup], bool], str]
+
+RULES: tuple[Rule, ...] = (
+    (
+        lambda s: s.deepspeed and s.stage >= 3,
+        "deepspeed.zero_stage: 3 is not supported yet: weights written in forward alone would be lost when backward"
+        " gathers the shards again; allowed: 0, 1, 2",
+    ),
+    (
+        lambda s: s.deepspeed and s.stage == 0 and s.half is not None,
+        "train.bf16 and train.fp16 need deepspeed.zero_stage 1 or 2: at stage 0 DeepSpeed scales the updates wrongly"
+        " (by 0.744 in the first step) and says nothing; set model.dtype=bfloat16 instead",
+    ),
+    (
+        lambda s: s.half == "fp16" and s.method == "sparse",
+        "train.fp16 cannot train sparse values: they would be cast to float16; set model.dtype and leave train.fp16"
+        " false",
+    ),
+    (
+        lambda s: s.half == "bf16" and s.method == "sparse" and not s.deepspeed,
+        "train.bf16 computes float32 weights in bfloat16 anew in each forward; for method sparse set"
+        " model.dtype=bfloat16 and leave train.bf16 false: weights in bfloat16, values in float32",
+    ),
+    (
+        lambda s: s.half == "bf16" and s.method == "sparse" and s.dtype != "bfloat16",
+        "train.bf16 on DeepSpeed casts the base weights to bfloat16 for good, so that detaching could not restore them;"
+        " set model.dtype=bfloat16 (train.bf16 can stay false: values are then kept in float32)",
+    ),
+    (
+        lambda s: s.deepspeed and "optimizer" in s.raw and s.train.get("optim") is not None,
+        "train.optim and an optimizer block in deepspeed.config name two optimizers; keep one",
+    ),
+    (
+        lambda s: bool(s.raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) != 1),
+        "deepspeed.config: zero_hpz_partition_size is untested with sparse values; remove it",
+    ),
+    (
+        lambda s: any(
+            s.raw.get("zero_optimization", {}).get(key, {}).get("device") == "nvme" for key in engine.OFFLOADS
+        ),
+        "deepspeed.config: offload to nvme is untested with sparse values; allowed: cpu, none",
+    ),
+    (
+        lambda s: bool(s.train.get("save_only_model")),
+        "train.save_only_model leaves checkpoints from which no run can resume; remove it (no frozen weight is saved"
+        " in any case)",
+    ),
+    (
+        lambda s: bool(s.train.get("fp16_full_eval") or s.train.get("bf16_full_eval")),
+        "train.fp16_full_eval and bf16_full_eval cast the base weights for good; set model.dtype instead",
+    ),
+    (
+        lambda s: s.method == "sparse" and bool(s.train.get("optim_target_modules")),
+        "train.optim_target_modules picks whole weights, of which method sparse trains none; remove it",
+    ),
+)
+
+
+def check(cfg: RunConfig, dtype: str | None = None) -> None:
+    """Raise a UserError with every reason for which this run is refused."""
+    on = engine.is_enabled(cfg.deepspeed)
+    raw = engine.settings(cfg.deepspeed) if on else {}
+    half = next((name for name in ("bf16", "fp16") if cfg.train.get(name)), None)
+    if half is None:
+        half = next((name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled") is True), None)
+    setup = Setup(
+        method=cfg.adapter.method,
+        dtype=dtype or cfg.model.dtype,
+        deepspeed=on,
+        stage=int(raw.get("zero_optimization", {}).get("stage", 0)),
+        half=half,
+        raw=raw,
+        train=dict(cfg.train),
+    )
+    reasons = [reason for holds, reason in RULES if holds(setup)]
+    if reasons:
+        raise UserError("; ".join(reasons))

@@ -1,0 +1,154 @@
+"""transformers.Trainer, with the parts that sparse training on DeepSpeed needs different.
+
+Everything else (loop, schedule, scaling of the loss by tokens over ranks and accumulation, RNG, logging) is the
+Trainer's. The overridden methods whose names start with an underscore are private to transformers:
+tests/train/test_canaries.py fails when they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from . import checkpoints, engine, label_rows
+from .ranks import Ranks
+from .sampler import GlobalBatches
+
+
+class RunTrainer(Trainer):
+    """A Trainer whose checkpoints hold no frozen weight and whose batches do not depend on the number of processes.
+
+    global_batch: examples of one optimizer step over all processes. lengths: tokens of each training example.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        global_batch: int,
+        lengths: Sequence[int],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.ranks = ranks
+        args: TrainingArguments = self.args
+        strategy = args.train_sampling_strategy
+        self.order = GlobalBatches(
+            len(lengths),
+            global_batch,
+            args.data_seed if args.data_seed is not None else args.seed,
+            lengths if strategy == "group_by_length" else None,
+            shuffle=strategy != "sequential",
+        )
+        self.whole_logits = label_rows.supports(self.model)
+        if self.label_smoother is not None or not self.model_accepts_loss_kwargs:
+            self.whole_logits = "the loss is not the model's own"
+        self.warm_start: str | None = None
+
+    # Data ---------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GlobalBatches:
+        return self.order
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        self.order.set_epoch(epoch)  # a resumed loader is wrapped too deep for the Trainer to reach the sampler
+        super()._run_epoch(epoch=epoch, **kwargs)
+
+    # Loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; where the model allows it, from the labelled rows alone."""
+        if self.whole_logits is not None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = label_rows.next_token_loss(model, label_rows.unwrap(self.model), inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _made_by(self) -> dict[str, Any]:
+        """The setup that can load the optimizer's state of a checkpoint."""
+        if not self.is_deepspeed_enabled:
+            return {"engine": "torch"}
+        return {
+            "engine": "deepspeed",
+            "zero_stage": self.accelerator.state.deepspeed_plugin.zero_stage,
+            "world_size": self.ranks.world,
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{checkpoints.PREFIX}{self.state.global_step}"
+        if self.ranks.is_main:
+            checkpoints.unmark(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            checkpoints.mark_complete(folder, self._made_by())
+            checkpoints.rotate(folder.parent, limit, self.state.best_model_checkpoint)
+        self.ranks.barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, from rank 0."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.save_trainable(self.model, folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        engine.save_optimizer(self.model_wrapped, output_dir)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoints.load_trainable(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
+            self._load_from_checkpoint(resume_from_checkpoint)  # before DeepSpeed flattens the values
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is None:
+            return prepared
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert checkpoint is not None
+        folder = Path(checkpoint)
+        theirs, ours = checkpoints.made_by(folder), self._made_by()
+        if theirs == ours and self.is_deepspeed_enabled:
+            engine.load_optimizer(self.model_wrapped, checkpoint)
+        elif theirs == ours:
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)
+        else:
+            self.warm_start = f"{folder.name} was made by {_words(theirs)}, this run is {_words(ours)}"
+        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):  # DeepSpeed keeps the state of its own ones
+            self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run writes checkpoints of its own accord."""
+        return bool(self.args.save_strategy != SaveStrategy.NO)
+
+
+def _words(made_by: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in made_by.items()) or "an unknown setup"

@@ -1,0 +1,153 @@
+"""The train stage: build the Trainer, resume from the newest complete checkpoint, train, and check that the ranks
+agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from speft_core.errors import UserError
+
+from . import checkpoints, memory, training_args
+from .context import Run
+from .sampler import steps_in_all
+from .signals import Stopped
+
+Result = dict[str, Any]
+# Figures of a log line that the report and results.json take up.
+KEPT = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
+
+
+def train(run: Run) -> Result:
+    """Train what is attached; raises Stopped after a signal, with a checkpoint behind it."""
+    assert run.attached is not None
+    args = training_args.build(run.cfg, run.ranks, run.folder.path)
+    trainer, stop = _trainer(run, args)
+    batch = training_args.global_batch(run.cfg, run.ranks.world)
+    total = steps_in_all(len(run.data.train), batch, args.max_steps, args.num_train_epochs)
+    checkpoint = _checkpoint_to_resume(run)
+    before = run.folder.result("train").get("train_seconds", 0.0) if checkpoint else 0.0
+    memory.reset_peak()
+    started = time.perf_counter()
+    use_cache = run.model.config.use_cache
+    try:
+        if checkpoint is not None and checkpoints.step_of(checkpoint) >= total:
+            checkpoints.load_trainable(run.attached.model, checkpoint)
+            history = _saved_history(checkpoint)
+        else:
+            history = _loop(run, trainer, checkpoint)
+    finally:
+        run.model.config.use_cache = use_cache
+    seconds = before + time.perf_counter() - started
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    run.model.eval()
+    result = {
+        "steps": max(trainer.state.global_step, checkpoints.step_of(checkpoint) if checkpoint else 0),
+        "train_seconds": round(seconds, 3),
+        "peak_memory_bytes": max(run.ranks.gather(memory.peak_bytes())),
+        "global_batch_size": batch,
+        "world_size": run.ranks.world,
+        "trainable_parameters": run.attached.trainable,
+        "history": history,
+    }
+    if stop.stopped:
+        signum = max(run.ranks.gather(run.request.signum or 0))
+        run.ranks.on_main(lambda: run.folder.finish("train", "unfinished", result))
+        step = trainer.state.global_step
+        raise Stopped(
+            signum,
+            f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it",
+        )
+    result["digest"] = _same_on_all_ranks(run)
+    return result
+
+
+def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
+    from transformers.trainer_callback import PrinterCallback
+
+    from . import callbacks, data, trainer
+
+    assert run.attached is not None
+    stop = callbacks.StopOnSignal(run.request, run.ranks)
+    extra: list[Any] = [stop, callbacks.FiniteLoss()]
+    if run.shows_progress:
+        extra.append(callbacks.Progress())
+    if training_args.wants_tensorboard(run.cfg) and run.ranks.is_main:
+        extra.append(_tensorboard(run.folder.path / "tensorboard"))
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if evaluates and run.data.validation is None:
+        raise UserError("train.eval_strategy needs data.validation or data.validation_from_train; neither is set")
+    made = trainer.RunTrainer(
+        model=run.attached.model,
+        args=args,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.validation if evaluates else None,
+        data_collator=data.collator(run.tokenizer),
+        callbacks=extra,
+        ranks=run.ranks,
+        global_batch=training_args.global_batch(run.cfg, run.ranks.world),
+        lengths=run.data.train.lengths,
+    )
+    made.remove_callback(PrinterCallback)
+    if made.whole_logits is not None:
+        run.say(f"  logits of every position are computed: {made.whole_logits}")
+    return made, stop
+
+
+def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
+    if checkpoint is not None:
+        run.note(f"  resumed from {checkpoint.name}")
+    with run.request.deferring():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.warm_start:
+        run.note(f"  warm start: {trainer.warm_start}; Adam's moments were not taken over and started at zero")
+    return _kept(trainer.state.log_history)
+
+
+def _kept(log: list[Result]) -> list[Result]:
+    rows = [{key: row[key] for key in KEPT if key in row} for row in log]
+    return [row for row in rows if "loss" in row or "eval_loss" in row]
+
+
+def _saved_history(checkpoint: Path) -> list[Result]:
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return _kept(state.get("log_history", []))
+
+
+def _checkpoint_to_resume(run: Run) -> Path | None:
+    def look() -> str | None:
+        for name in checkpoints.remove_incomplete(run.folder.path):
+            run.note(f"  {name} was not written to the end and is removed")
+        found = checkpoints.complete(run.folder.path)
+        return found[-1].name if found else None
+
+    name = run.ranks.on_main(look)
+    return None if name is None else run.folder.path / name
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
+def _same_on_all_ranks(run: Run) -> str:
+    """A hash of all that was trained; each rank must have the same."""
+    import torch
+
+    assert run.attached is not None
+    found = hashlib.sha256()
+    for name, parameter in checkpoints.trainable(run.attached.model).items():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digests = run.ranks.gather(found.hexdigest())
+    assert len(set(digests)) == 1, f"ranks ended with different values: {digests}"
+    return digests[0]

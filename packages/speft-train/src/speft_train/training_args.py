@@ -1,0 +1,73 @@
+"""From the train section to transformers.TrainingArguments: our defaults, what the user set, what follows from the
+rest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from speft_core.errors import UserError
+
+from . import engine
+from .config import RunConfig, batch_plan
+from .ranks import Ranks
+
+# Where a run differs from TrainingArguments: checkpoints are small, and a long log interval hides a diverging loss.
+DEFAULTS: dict[str, Any] = {
+    "logging_steps": 10,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "report_to": "none",  # TensorBoard is added by the run itself, in a folder of its own
+    "disable_tqdm": True,  # so is the progress bar
+    "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
+    "log_level": "error",
+    "log_level_replica": "error",
+}
+OWN_KEYS = ("global_batch_size", "report_to", "disable_tqdm")
+
+
+def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
+    """TrainingArguments of this run. UserError where transformers refuses a value."""
+    import torch
+    from transformers import TrainingArguments
+
+    per_device, accumulation = batch_plan(cfg, ranks.world)
+    fields = {**DEFAULTS, **{k: v for k, v in cfg.train.items() if k not in OWN_KEYS}}
+    fields.update(
+        output_dir=str(folder),
+        seed=cfg.seed,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+    )
+    fields.setdefault("use_cpu", not torch.cuda.is_available())
+    if fields["use_cpu"]:
+        fields.setdefault("dataloader_pin_memory", False)
+    if fields.get("activation_checkpointing"):
+        # The re-entrant kind gives no gradient when the embeddings are frozen.
+        kwargs = dict(fields.get("activation_checkpointing_kwargs") or {})
+        fields["activation_checkpointing_kwargs"] = {"use_reentrant": False, **kwargs}
+    if engine.is_enabled(cfg.deepspeed):
+        fields["deepspeed"] = engine.settings(cfg.deepspeed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return TrainingArguments(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"train: transformers refuses these settings: {text}") from error
+
+
+def wants_tensorboard(cfg: RunConfig) -> bool:
+    """TensorBoard is on unless `train.report_to` leaves it out."""
+    wanted = cfg.train.get("report_to", "tensorboard")
+    return wanted == "all" or "tensorboard" in ([wanted] if isinstance(wanted, str) else wanted)
+
+
+def global_batch(cfg: RunConfig, world: int) -> int:
+    """Examples of one optimizer step over all processes."""
+    per_device, accumulation = batch_plan(cfg, world)
+    return per_device * accumulation * world
