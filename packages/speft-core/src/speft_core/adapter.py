@@ -31,9 +31,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 64 << 20
-MAX_BERNOULLI_NUMEL = (
-    1 << 35
-)  # a draw takes time in proportion; the largest real matrices have 2**33 elements
+MAX_BERNOULLI_NUMEL = 1 << 34  # a draw takes time in proportion; the largest real matrices have 2**33 elements
+MIN_BERNOULLI_DENSITY = 1e-7  # less is no mask, only a way to make a reader draw for hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +180,10 @@ class SparseAdapter:
         """Whether the seeded draw that the config names gives exactly the indices of `delta`."""
         if not self.config.random:
             return False
-        drawn_K = draw(self.config.random, name, delta.numel, delta.nnz)
+        try:
+            drawn_K = draw(self.config.random, name, delta.numel, delta.nnz)
+        except UserError:  # another count than that draw has: the indices are stored
+            return False
         return torch.equal(drawn_K, delta.indices_K.cpu())
 
     @classmethod
@@ -228,7 +230,12 @@ def draw(origin: Mapping[str, Any], name: str, numel: int, count: int) -> torch.
             raise UserError(
                 f"{name}: a Bernoulli mask covers at most {MAX_BERNOULLI_NUMEL:,} elements a tensor, got {numel:,}"
             )
-        return bernoulli_indices(seed, name, numel, float(origin["density"]))
+        density = float(origin["density"])
+        expected = density * numel
+        # Checked before drawing, which takes time and memory in proportion: a file cannot claim more than it holds values for.
+        if not MIN_BERNOULLI_DENSITY <= density <= 1 or abs(count - expected) > 10 * math.sqrt(expected) + 10:
+            raise UserError(f"{name}: {count:,} values are no Bernoulli draw of density {density} from {numel:,} elements")
+        return bernoulli_indices(seed, name, numel, density)
     raise UserError(f"random.mode must be exact or bernoulli, got {mode!r}")
 
 

@@ -110,6 +110,8 @@ class FolderRegistry:
         except OSError as error:
             raise UserError(f"{self.address(repo)}: the content of {path} cannot be read ({error.strerror})") from None
         with os.fdopen(descriptor, "rb") as file:
+            if os.fstat(descriptor).st_size < entry.size:
+                raise UserError(f"{self.address(repo)}: the content of {path} is damaged, it is cut short")
             file.seek(start)
             while chunk := file.read(CHUNK):
                 yield chunk
