@@ -28,9 +28,7 @@ class Classifier(nn.Module):
         self.second = nn.Linear(width, 16, bias=False)
         self.score = nn.Linear(16, 3)
 
-    def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         logits = self.score(torch.tanh(self.second(torch.tanh(self.first(x)))))
         output = {"logits": logits}
         if labels is not None:
@@ -40,10 +38,7 @@ class Classifier(nn.Module):
 
 def batch(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {
-        "x": torch.randn(8, 16, generator=generator).to(dtype),
-        "labels": torch.arange(8) % 3,
-    }
+    return {"x": torch.randn(8, 16, generator=generator).to(dtype), "labels": torch.arange(8) % 3}
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,25 +47,15 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     after = model.state_dict()
-    return list(after) == list(before) and all(
-        torch.equal(t, before[n]) for n, t in after.items()
-    )
+    return list(after) == list(before) and all(torch.equal(t, before[n]) for n, t in after.items())
 
 
-def trained(
-    model: nn.Module, dtype: torch.dtype | None = None, **mask: Any
-) -> tuple[sc.SparseAdapter, torch.Tensor]:
+def trained(model: nn.Module, dtype: torch.dtype | None = None, **mask: Any) -> tuple[sc.SparseAdapter, torch.Tensor]:
     """An adapter of a few real steps on first, second and the head, and the logits that it gave while attached."""
     data = batch(next(model.parameters()).dtype)
-    mask = {
-        "budget": sc.Budget(density=0.1, of="targets"),
-        "targets": ["first", "second"],
-        **mask,
-    }
+    mask = {"budget": sc.Budget(density=0.1, of="targets"), "targets": ["first", "second"], **mask}
     tuner = sc.attach(model, sc.find_mask(model, [data], **mask), train_dense=["score"])
-    optimizer = torch.optim.AdamW(
-        tuner.parameters(), lr=1e-2, eps=1e-4
-    )  # an eps that fp16 heads can hold
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, eps=1e-4)  # an eps that fp16 heads can hold
     for _ in range(4):
         model(**data)["loss"].backward()
         optimizer.step()
@@ -83,9 +68,7 @@ def trained(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_saved_loaded_applied_restored_to_the_bit(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_saved_loaded_applied_restored_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = Classifier().to(dtype)
     before = bits(model)
     adapter, logits = trained(model)
@@ -125,11 +108,7 @@ def test_another_process_gets_the_same_logits(tmp_path: Path) -> None:
         "with sc.SparseAdapter.load(folder).applied(model), torch.no_grad():\n"
         "    assert torch.equal(model(**batch())['logits'], torch.load(folder + '/logits.pt'))\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)],
-        check=True,
-        timeout=120,
-    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("mode", ["exact", "bernoulli"])
@@ -148,30 +127,22 @@ def test_indices_that_differ_from_the_seeded_draw_are_stored(tmp_path: Path) -> 
     adapter, _ = trained(model, metric="random", seed=7)
     name = "first.weight"
     kept = adapter.deltas[name]
-    adapter.deltas[name] = sc.SparseDelta(
-        kept.indices_K[1:], kept.values_K[1:], kept.shape
-    )
+    adapter.deltas[name] = sc.SparseDelta(kept.indices_K[1:], kept.values_K[1:], kept.shape)
     adapter.save(tmp_path)
-    assert torch.equal(
-        sc.SparseAdapter.load(tmp_path).deltas[name].indices_K, kept.indices_K[1:]
-    )
+    assert torch.equal(sc.SparseAdapter.load(tmp_path).deltas[name].indices_K, kept.indices_K[1:])
 
 
 def test_another_base_is_refused_by_its_first_differing_tensor() -> None:
     adapter, _ = trained(Classifier())
     other = Classifier(seed=1)
     before = bits(other)
-    with pytest.raises(
-        sc.UserError, match=r"another base \(tests/classifier\).*first\.weight"
-    ):
+    with pytest.raises(sc.UserError, match=r"another base \(tests/classifier\).*first\.weight"):
         adapter.apply(other)
     with pytest.raises(sc.UserError, match=r"first\.weight has shape \(32, 16\)"):
         adapter.apply(Classifier(width=32))
     nudged = Classifier()
     with torch.no_grad():
-        nudged.second.weight.view(-1)[
-            int(adapter.deltas["second.weight"].indices_K[0])
-        ] += 1e-2
+        nudged.second.weight.view(-1)[int(adapter.deltas["second.weight"].indices_K[0])] += 1e-2
     with pytest.raises(sc.UserError, match=r"second\.weight"):
         adapter.apply(nudged)
     with pytest.raises(sc.UserError, match="no parameter"):
@@ -181,13 +152,8 @@ def test_another_base_is_refused_by_its_first_differing_tensor() -> None:
         assert not same_bits(other, before)
 
 
-@pytest.mark.parametrize(
-    ("trained_in", "applied_in"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
-)
-def test_the_same_base_in_another_dtype_is_recognised(
-    trained_in: torch.dtype, applied_in: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("trained_in", "applied_in"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_same_base_in_another_dtype_is_recognised(trained_in: torch.dtype, applied_in: torch.dtype) -> None:
     adapter, _ = trained(Classifier().to(trained_in))
     with adapter.applied(Classifier().to(trained_in).to(applied_in)):
         pass
@@ -248,9 +214,7 @@ def _edit_tensor(folder: Path, key: str, tensor: torch.Tensor | None) -> None:
 HOSTILE = {
     "no such folder": lambda d: [f.unlink() for f in d.iterdir()],
     "no weights": lambda d: (d / WEIGHTS_FILE).unlink(),
-    "truncated weights": lambda d: (d / WEIGHTS_FILE).write_bytes(
-        (d / WEIGHTS_FILE).read_bytes()[:-100]
-    ),
+    "truncated weights": lambda d: (d / WEIGHTS_FILE).write_bytes((d / WEIGHTS_FILE).read_bytes()[:-100]),
     "not safetensors": lambda d: (d / WEIGHTS_FILE).write_bytes(b"\x80\x04 pickle"),
     "huge header": lambda d: (d / WEIGHTS_FILE).write_bytes(b"\xff" * 8 + b"{}"),
     "not JSON": lambda d: (d / CONFIG_FILE).write_text("{"),
@@ -263,18 +227,10 @@ HOSTILE = {
     "missing values": lambda d: _edit_tensor(d, "first.weight.values", None),
     "missing gaps": lambda d: _edit_tensor(d, "first.weight.gaps", None),
     "too few values": lambda d: _edit_tensor(d, "first.weight.values", torch.ones(2)),
-    "NaN": lambda d: _edit_tensor(
-        d, "second.weight.values", torch.full((38,), float("nan"))
-    ),
-    "integers": lambda d: _edit_tensor(
-        d, "second.weight.values", torch.ones(38, dtype=torch.int32)
-    ),
-    "negative shape": lambda d: _edit_config(
-        d, {"tensors": {"first.weight": {"shape": [-24, 16]}}}
-    ),
-    "small shape": lambda d: _edit_config(
-        d, {"tensors": {"first.weight": {"shape": [2, 2]}}}
-    ),
+    "NaN": lambda d: _edit_tensor(d, "second.weight.values", torch.full((38,), float("nan"))),
+    "integers": lambda d: _edit_tensor(d, "second.weight.values", torch.ones(38, dtype=torch.int32)),
+    "negative shape": lambda d: _edit_config(d, {"tensors": {"first.weight": {"shape": [-24, 16]}}}),
+    "small shape": lambda d: _edit_config(d, {"tensors": {"first.weight": {"shape": [2, 2]}}}),
 }
 
 

@@ -16,9 +16,7 @@ def test_dense_round_trip_is_exact() -> None:
 
 
 def test_to_changes_values_alone() -> None:
-    delta = SparseDelta(
-        torch.tensor([1, 5], dtype=torch.int32), torch.tensor([1.0, 2.0]), (2, 3)
-    )
+    delta = SparseDelta(torch.tensor([1, 5], dtype=torch.int32), torch.tensor([1.0, 2.0]), (2, 3))
     moved = delta.to(dtype=torch.bfloat16)
     assert moved.values_K.dtype == torch.bfloat16
     assert moved.indices_K.dtype == torch.int32
@@ -40,9 +38,7 @@ def test_to_changes_values_alone() -> None:
         (torch.tensor([1, 2]), torch.tensor([float("inf"), 1.0]), "finite"),
     ],
 )
-def test_bad_deltas_are_refused_by_name(
-    indices: torch.Tensor, values: torch.Tensor, rule: str
-) -> None:
+def test_bad_deltas_are_refused_by_name(indices: torch.Tensor, values: torch.Tensor, rule: str) -> None:
     with pytest.raises(UserError, match=rule) as caught:
         SparseDelta(indices, values, (2, 3)).check("layer.weight")
     assert str(caught.value).startswith("layer.weight: ")

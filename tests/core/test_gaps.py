@@ -19,34 +19,23 @@ def test_every_sorted_set_comes_back(chosen: set[int], beyond: int) -> None:
     assert torch.equal(found.long(), indices_K)
 
 
-@pytest.mark.parametrize(
-    "last", [0, 254, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**50]
-)
+@pytest.mark.parametrize("last", [0, 254, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**50])
 def test_one_index_at_each_width_boundary(last: int) -> None:
     indices_K = torch.tensor([last])
     assert gaps.decode(gaps.encode(indices_K), 1, last + 1).tolist() == [last]
 
 
-@pytest.mark.parametrize(
-    ("density", "bytes_each"),
-    [(0.05, 1.14), (0.005, 1.19), (0.0005, 2.06), (1e-4, 2.15)],
-)
-def test_bytes_an_index_for_uniform_positions(
-    density: float, bytes_each: float
-) -> None:
+@pytest.mark.parametrize(("density", "bytes_each"), [(0.05, 1.14), (0.005, 1.19), (0.0005, 2.06), (1e-4, 2.15)])
+def test_bytes_an_index_for_uniform_positions(density: float, bytes_each: float) -> None:
     numel = 4_000_000
     generator = torch.Generator().manual_seed(0)
-    indices_K = torch.nonzero(
-        torch.rand(numel, generator=generator) < density
-    ).flatten()
+    indices_K = torch.nonzero(torch.rand(numel, generator=generator) < density).flatten()
     assert gaps.encode(indices_K).numel() / indices_K.numel() <= bytes_each
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 40), st.integers(0, 2**62))
-def test_any_bytes_are_decoded_to_valid_indices_or_refused(
-    raw: bytes, count: int, numel: int
-) -> None:
+def test_any_bytes_are_decoded_to_valid_indices_or_refused(raw: bytes, count: int, numel: int) -> None:
     code = torch.tensor(list(raw), dtype=torch.uint8)
     try:
         found = gaps.decode(code, count, numel)
@@ -59,17 +48,7 @@ def test_any_bytes_are_decoded_to_valid_indices_or_refused(
         assert bool((found[1:] > found[:-1]).all())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "truncated",
-        "longer",
-        "wrong width",
-        "other dtype",
-        "too small a tensor",
-        "not empty",
-    ],
-)
+@pytest.mark.parametrize("change", ["truncated", "longer", "wrong width", "other dtype", "too small a tensor", "not empty"])
 def test_damage_is_named(change: str) -> None:
     code, count, numel = gaps.encode(torch.arange(0, 3000, 3)), 1000, 3000
     if change == "truncated":

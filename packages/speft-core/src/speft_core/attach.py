@@ -107,6 +107,8 @@ class Tuner:
         by_module: dict[nn.Module, list[Slot]] = {}
         try:
             for name, indices_K in mask.indices.items():
+                if indices_K.numel() == 0:
+                    continue  # a parameter of no elements breaks ZeRO-3 and FSDP
                 weight = parameters[name]
                 self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
                 self._slots[name] = []
@@ -159,9 +161,7 @@ class Tuner:
     def _install_input_gradients(self) -> None:
         """Reentrant gradient checkpointing drops gradients unless a segment's input wants one; make the embeddings' output do."""
         on = (
-            "is_activation_checkpointing"
-            if hasattr(self.model, "is_activation_checkpointing")
-            else "is_gradient_checkpointing"
+            "is_activation_checkpointing" if hasattr(self.model, "is_activation_checkpointing") else "is_gradient_checkpointing"
         )
         if getattr(self.model, on, False):  # transformers 5 renamed it and warns at the old name
             embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
@@ -233,9 +233,7 @@ class Tuner:
             slot = self._slots[name][0]
             rounded_K = values_K.detach().to(dtype or slot.weight.dtype)
             values_K.copy_(rounded_K)
-            deltas[name] = SparseDelta(slot.indices_K.cpu(), rounded_K.cpu().clone(), self.mask.shapes[name]).check(
-                name
-            )
+            deltas[name] = SparseDelta(slot.indices_K.cpu(), rounded_K.cpu().clone(), self.mask.shapes[name]).check(name)
         self.sync()
         dense = {n: p.detach().cpu().clone() for n, p in self.dense.items()}
         return SparseAdapter(deltas, dense, self._config(config), {n: dict(f) for n, f in self.fingerprint.items()})

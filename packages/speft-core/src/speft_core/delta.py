@@ -20,20 +20,14 @@ def check_indices(name: str, indices_K: torch.Tensor, shape: tuple[int, ...]) ->
     """Raise UserError unless `indices_K` is 1-D, integer, strictly increasing and within the tensor of `shape`."""
     numel = math.prod(shape)
     if indices_K.dim() != 1 or indices_K.dtype not in (torch.int32, torch.int64):
-        raise UserError(
-            f"{name}: indices must be 1-D int32 or int64, got {indices_K.dtype} of shape {tuple(indices_K.shape)}"
-        )
+        raise UserError(f"{name}: indices must be 1-D int32 or int64, got {indices_K.dtype} of shape {tuple(indices_K.shape)}")
     if indices_K.numel() == 0:
         return
     if int(indices_K.min()) < 0 or int(indices_K.max()) >= numel:
         low, high = int(indices_K.min()), int(indices_K.max())
-        raise UserError(
-            f"{name}: indices must lie in [0, {numel}) for shape {shape}, got {low} to {high}"
-        )
+        raise UserError(f"{name}: indices must lie in [0, {numel}) for shape {shape}, got {low} to {high}")
     if not bool((indices_K[1:] > indices_K[:-1]).all()):
-        raise UserError(
-            f"{name}: indices must be sorted without duplicates, they are not"
-        )
+        raise UserError(f"{name}: indices must be sorted without duplicates, they are not")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,30 +54,21 @@ class SparseDelta:
     def check(self, name: str = "delta") -> SparseDelta:
         """Return self, or raise UserError (naming `name`) for wrong ranges, order, duplicates, counts or non-finite values."""
         check_indices(name, self.indices_K, self.shape)
-        if (
-            self.values_K.dtype not in VALUE_DTYPES
-            or self.values_K.shape != self.indices_K.shape
-        ):
+        if self.values_K.dtype not in VALUE_DTYPES or self.values_K.shape != self.indices_K.shape:
             got = f"{self.values_K.dtype} of shape {tuple(self.values_K.shape)}"
-            raise UserError(
-                f"{name}: values must be floating point, one per index ({self.nnz}), got {got}"
-            )
+            raise UserError(f"{name}: values must be floating point, one per index ({self.nnz}), got {got}")
         if not bool(torch.isfinite(self.values_K).all()):
             raise UserError(f"{name}: values must be finite, got NaN or infinity")
         return self
 
-    def to(
-        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> SparseDelta:
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SparseDelta:
         """The same delta with values in `dtype` and everything on `device`."""
         values_K = self.values_K.to(device=device, dtype=dtype)
         return SparseDelta(self.indices_K.to(device=device), values_K, self.shape)
 
     def to_dense(self) -> torch.Tensor:
         """A dense tensor of `shape` in the values' dtype, zero where nothing is kept."""
-        dense = torch.zeros(
-            self.numel, dtype=self.values_K.dtype, device=self.values_K.device
-        )
+        dense = torch.zeros(self.numel, dtype=self.values_K.dtype, device=self.values_K.device)
         dense[self.indices_K.long()] = self.values_K
         return dense.view(self.shape)
 
@@ -91,8 +76,4 @@ class SparseDelta:
     def from_dense(cls, dense: torch.Tensor) -> SparseDelta:
         """The non-zero entries of `dense`, exactly."""
         indices_K = torch.nonzero(dense.reshape(-1)).flatten()
-        return cls(
-            indices_K.to(index_dtype(dense.numel())),
-            dense.reshape(-1)[indices_K],
-            tuple(dense.shape),
-        )
+        return cls(indices_K.to(index_dtype(dense.numel())), dense.reshape(-1)[indices_K], tuple(dense.shape))

@@ -18,18 +18,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(
-    path: str | Path, content: bytes | str | Callable[[Path], None]
-) -> None:
+def atomic_write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> None:
     """Write `content` (bytes, text, or a function that writes the file it is given) to `path` or leave `path` as it was.
 
     Raises OSError when the disk is full or the folder cannot be written; the half-written neighbour is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=".partial", dir=path.parent
-    )
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(descriptor)
     beside = Path(name)
     try:
@@ -41,9 +37,7 @@ def atomic_write(
             beside.write_bytes(content)
         mask = os.umask(0)
         os.umask(mask)
-        beside.chmod(
-            0o666 & ~mask
-        )  # mkstemp makes private files; the result has the permissions of any new file
+        beside.chmod(0o666 & ~mask)  # mkstemp makes private files; the result has the permissions of any new file
         _flush(beside)
         os.replace(beside, path)
     finally:
@@ -61,9 +55,7 @@ def atomic_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(
-        tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    )
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield beside
         mask = os.umask(0)

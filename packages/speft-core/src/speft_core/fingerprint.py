@@ -27,30 +27,21 @@ SAMPLES = 64
 
 def entries_hash(entries_K: torch.Tensor) -> str:
     """16 hex digits over the bytes of `entries_K`."""
-    return hashlib.blake2b(
-        entries_K.contiguous().cpu().view(torch.uint8).numpy().tobytes(), digest_size=8
-    ).hexdigest()
+    return hashlib.blake2b(entries_K.contiguous().cpu().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def sample_hash(weight: torch.Tensor) -> str:
     """Hash of up to 64 evenly spaced entries of `weight`, rounded to bf16."""
     flat = flat_view(weight)
     count = min(SAMPLES, flat.numel())
-    positions = (
-        torch.arange(count, device=flat.device) * max(1, flat.numel()) // max(1, count)
-    )
+    positions = torch.arange(count, device=flat.device) * max(1, flat.numel()) // max(1, count)
     return entries_hash(flat[positions].to(torch.bfloat16))
 
 
-def fingerprint(
-    weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor | None = None
-) -> dict[str, Any]:
+def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor | None = None) -> dict[str, Any]:
     """The record of one tensor, taken before anything is written into `weight`; `base_K` saves a gather when at hand."""
     base_K = gather(weight, indices_K) if base_K is None else base_K
-    record: dict[str, Any] = {
-        "shape": list(weight.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-    }
+    record: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
     record["base"] = entries_hash(base_K)
     record["sample"] = sample_hash(weight)
     if weight.dtype != torch.bfloat16:
@@ -58,29 +49,17 @@ def fingerprint(
     return record
 
 
-def check_fingerprint(
-    name: str,
-    weight: torch.Tensor,
-    delta: SparseDelta,
-    record: dict[str, Any] | None,
-    base: str,
-) -> None:
+def check_fingerprint(name: str, weight: torch.Tensor, delta: SparseDelta, record: dict[str, Any] | None, base: str) -> None:
     """Raise UserError unless `weight` is the tensor that `delta` was made for; `base` names that model in the message."""
     if parameter_shape(weight) != delta.shape:
         shapes = f"{parameter_shape(weight)}, the adapter wants {delta.shape}"
-        raise UserError(
-            f"this adapter is for another base ({base}): {name} has shape {shapes}"
-        )
+        raise UserError(f"this adapter is for another base ({base}): {name} has shape {shapes}")
     if not record or "base" not in record:
         return  # made by hand or merged: nothing but the shape is known
     base_K = gather(weight, delta.indices_K.to(weight.device))
     if record.get("dtype") == str(weight.dtype).removeprefix("torch."):
         same = entries_hash(base_K) == record["base"]
     else:
-        same = entries_hash(base_K.to(torch.bfloat16)) == record.get(
-            "base_bf16", record["base"]
-        )
+        same = entries_hash(base_K.to(torch.bfloat16)) == record.get("base_bf16", record["base"])
     if not same:
-        raise UserError(
-            f"this adapter is for another base ({base}): {name} has other values than the one it was trained on"
-        )
+        raise UserError(f"this adapter is for another base ({base}): {name} has other values than the one it was trained on")

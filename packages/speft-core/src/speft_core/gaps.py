@@ -10,6 +10,7 @@ it decodes with a handful of vector operations.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import UserError
@@ -24,26 +25,18 @@ def index_dtype(numel: int) -> torch.dtype:
 
 def encode(indices_K: torch.Tensor) -> torch.Tensor:
     """Return the code (uint8, 1-D) of sorted unique non-negative `indices_K` (int32 or int64, 1-D); empty for no indices."""
-    gaps_K = np.diff(indices_K.cpu().numpy().astype(np.int64, copy=False), prepend=0)
+    gaps_K: npt.NDArray[np.int64] = np.diff(indices_K.cpu().numpy().astype(np.int64, copy=False), prepend=0)
     count = gaps_K.size
     if count == 0:
         return torch.empty(0, dtype=torch.uint8)
-    sizes = {
-        w: w * count
-        + (count + (int((gaps_K >> (8 * w)).sum()) if w < 8 else 0) + 7) // 8
-        for w in WIDTHS
-    }
+    sizes = {w: w * count + (count + (int((gaps_K >> (8 * w)).sum()) if w < 8 else 0) + 7) // 8 for w in WIDTHS}
     width = min(sizes, key=lambda w: sizes[w])
     high_K = gaps_K >> (8 * width) if width < 8 else np.zeros(count, dtype=np.int64)
     low = gaps_K.astype("<u8").view(np.uint8).reshape(count, 8)[:, :width]
     ends_K = np.cumsum(high_K + 1) - 1  # where each unary code has its zero
     bits = np.ones(int(ends_K[-1]) + 1, dtype=np.uint8)
     bits[ends_K] = 0
-    parts = [
-        np.array([width], dtype=np.uint8),
-        low.ravel(),
-        np.packbits(bits, bitorder="little"),
-    ]
+    parts = [np.array([width], dtype=np.uint8), low.ravel(), np.packbits(bits, bitorder="little")]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -54,9 +47,7 @@ def decode(code: torch.Tensor, count: int, numel: int) -> torch.Tensor:
     strictly increasing within [0, numel). Memory stays proportional to `count` + the length of `code`.
     """
     if code.dtype != torch.uint8 or code.dim() != 1:
-        raise UserError(
-            f"gaps must be a 1-D uint8 tensor, got {code.dtype} with {code.dim()} dimensions"
-        )
+        raise UserError(f"gaps must be a 1-D uint8 tensor, got {code.dtype} with {code.dim()} dimensions")
     raw = code.cpu().numpy()
     if count == 0:
         if raw.size:
@@ -67,46 +58,28 @@ def decode(code: torch.Tensor, count: int, numel: int) -> torch.Tensor:
         raise UserError(f"gaps must start with a width of {WIDTHS} bytes, got {width}")
     body = raw[1:]
     if body.size < width * count:
-        raise UserError(
-            f"gaps are truncated: {count} indices need {width * count} bytes of remainders, got {body.size}"
-        )
+        raise UserError(f"gaps are truncated: {count} indices need {width * count} bytes of remainders, got {body.size}")
     low_K = _remainders(body[: width * count], width)
     # Inverted, the zero that ends each unary code is a one, which numpy finds fast.
-    ends_K = np.flatnonzero(
-        np.unpackbits(~body[width * count :], bitorder="little").view(bool)
-    )
+    ends_K = np.flatnonzero(np.unpackbits(~body[width * count :], bitorder="little").view(bool))
     bits = 8 * (body.size - width * count)
-    if (
-        ends_K.size < count
-        or ends_K.size - count != bits - 1 - int(ends_K[count - 1])
-        or bits - ends_K[count - 1] > 8
-    ):
-        raise UserError(
-            f"gaps are damaged: the high parts of {count} indices do not end where the bytes end"
-        )
+    if ends_K.size < count or ends_K.size - count != bits - 1 - int(ends_K[count - 1]) or bits - ends_K[count - 1] > 8:
+        raise UserError(f"gaps are damaged: the high parts of {count} indices do not end where the bytes end")
     ends_K = ends_K[:count]
     # The last index is the sum of all gaps; exact in Python's integers, it bounds every partial sum below.
     carried = int(ends_K[-1]) - (count - 1)
-    last = (int(low_K.sum(dtype=np.uint64)) if width < 8 else sum(low_K.tolist())) + (
-        carried << 8 * width
-    )
+    last = (int(low_K.sum(dtype=np.uint64)) if width < 8 else sum(low_K.tolist())) + (carried << 8 * width)
     if last >= numel or (carried and width == 8):
         raise UserError(f"indices must lie in [0, {numel}), the gaps lead to {last}")
-    exact = np.int32 if index_dtype(numel) == torch.int32 else np.int64
-    indices_K = np.cumsum(low_K, dtype=exact)
+    exact = np.dtype(np.int32 if index_dtype(numel) == torch.int32 else np.int64)
+    indices_K: npt.NDArray[np.signedinteger] = np.cumsum(low_K, dtype=exact)
     if carried:
-        indices_K += (ends_K - np.arange(count)).astype(exact) << exact(8 * width)
+        indices_K += ((ends_K - np.arange(count)) << 8 * width).astype(exact)
     if bool((indices_K[1:] <= indices_K[:-1]).any()):
-        raise UserError(
-            f"indices must increase strictly within [0, {numel}), a gap is 0"
-        )
+        raise UserError(f"indices must increase strictly within [0, {numel}), a gap is 0")
     return torch.from_numpy(indices_K)
 
 
-def _remainders(raw: np.ndarray, width: int) -> np.ndarray:
+def _remainders(raw: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.unsignedinteger]:
     """The K remainders of `width` bytes each, as unsigned integers; a copy where the bytes are not aligned."""
-    return (
-        np.ascontiguousarray(raw)
-        if width == 1
-        else np.frombuffer(raw.tobytes(), dtype=f"<u{width}")
-    )
+    return np.ascontiguousarray(raw) if width == 1 else np.frombuffer(raw.tobytes(), dtype=f"<u{width}")

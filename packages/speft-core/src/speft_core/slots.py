@@ -33,12 +33,7 @@ class Slot:
             got = f"{weight.dtype}{'' if weight.is_contiguous() else ', not contiguous'}"
             raise UserError(f"{name}: only contiguous floating-point parameters can be adapted, got {got}")
         self.name, self.module, self.attribute = name, module, attribute
-        self.plan_asked, self.plan, self.reason, self.layout = (
-            backward,
-            None,
-            "dense gradient of this tensor alone",
-            None,
-        )
+        self.plan_asked, self.plan, self.reason, self.layout = (backward, None, "dense gradient of this tensor alone", None)
         if self.is_fast:
             self.layout = Layout.of(indices_K.to(weight.device), (weight.shape[0], weight.shape[1]))
             self.plan, self.reason = plan_named(backward, self.layout)
