@@ -260,6 +260,25 @@ def _read_config(path: Path) -> dict[str, Any]:
     return record
 
 
+def read_delta(file: Any, present: set[str], name: str, entry: Mapping[str, Any], config: AdapterConfig) -> SparseDelta:
+    """Read one tensor's change from an open weights file whose keys are `present`; `entry` is its line in the config."""
+    shape = tuple(int(n) for n in entry["shape"])
+    if any(n < 0 for n in shape):
+        raise UserError(f"{name}: a shape has no negative sizes, got {shape}")
+    numel = math.prod(shape)
+    values_K = file.get_tensor(f"{name}.values")
+    if values_K.dim() != 1 or values_K.dtype not in VALUE_DTYPES or values_K.numel() > numel:
+        got = f"{values_K.dtype} of shape {tuple(values_K.shape)}"
+        raise UserError(f"{name}: values must be 1-D floating point, at most {numel:,} of them, got {got}")
+    if f"{name}.gaps" in present:
+        indices_K = gaps.decode(file.get_tensor(f"{name}.gaps"), values_K.numel(), numel)
+    elif config.random:
+        indices_K = draw(config.random, name, numel, values_K.numel())
+    else:
+        raise UserError(f"{name} has values but no gaps, and the mask is not a seeded random one")
+    return SparseDelta(indices_K.to(values_K.device), values_K, shape)
+
+
 def _read_weights(
     cls: type[SparseAdapter], path: Path, record: dict[str, Any], device: str
 ) -> SparseAdapter:
@@ -269,33 +288,8 @@ def _read_weights(
     with safe_open(str(path), framework="pt", device=device) as file:
         present = set(file.keys())
         for name, entry in record["tensors"].items():
-            shape = tuple(int(n) for n in entry["shape"])
-            if any(n < 0 for n in shape):
-                raise UserError(f"{name}: a shape has no negative sizes, got {shape}")
-            numel = math.prod(shape)
-            values_K = file.get_tensor(f"{name}.values")
-            if (
-                values_K.dim() != 1
-                or values_K.dtype not in VALUE_DTYPES
-                or values_K.numel() > numel
-            ):
-                got = f"{values_K.dtype} of shape {tuple(values_K.shape)}"
-                raise UserError(
-                    f"{name}: values must be 1-D floating point, at most {numel:,} of them, got {got}"
-                )
-            expected.add(f"{name}.values")
-            if f"{name}.gaps" in present:
-                expected.add(f"{name}.gaps")
-                indices_K = gaps.decode(
-                    file.get_tensor(f"{name}.gaps"), values_K.numel(), numel
-                )
-            elif config.random:
-                indices_K = draw(config.random, name, numel, values_K.numel())
-            else:
-                raise UserError(
-                    f"{name} has values but no gaps, and the mask is not a seeded random one"
-                )
-            deltas[name] = SparseDelta(indices_K.to(device), values_K, shape)
+            deltas[name] = read_delta(file, present, name, entry, config)
+            expected.update((f"{name}.values", f"{name}.gaps"))
         for key in sorted(present - expected):
             if not key.startswith("dense."):
                 raise UserError(
