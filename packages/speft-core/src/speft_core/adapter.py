@@ -165,7 +165,7 @@ class SparseAdapter:
         }
         text = json.dumps(record, indent=2)[:-2] + ',\n  "tensors": {\n'
         rows = [
-            f"    {json.dumps(n)}: {json.dumps(entry, separators=(',', ':'))}"
+            f"{json.dumps(n)}: {json.dumps(entry, separators=(',', ':'))}"
             for n, entry in listed.items()
         ]
         atomic_write(
@@ -201,7 +201,7 @@ class SparseAdapter:
             ]
             raise UserError(f"no adapter at {folder}: {' and '.join(missing)} missing")
         try:
-            record = _read_config(folder / CONFIG_FILE)
+            record = read_config(folder / CONFIG_FILE)
             adapter = _read_weights(cls, folder / WEIGHTS_FILE, record, str(device))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
@@ -239,7 +239,7 @@ def draw(origin: Mapping[str, Any], name: str, numel: int, count: int) -> torch.
     raise UserError(f"random.mode must be exact or bernoulli, got {mode!r}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(
             f"{path.name} must be at most {MAX_CONFIG_BYTES:,} bytes, it has {path.stat().st_size:,}"
