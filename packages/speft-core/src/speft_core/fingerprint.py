@@ -1,17 +1,18 @@
 """What an adapter remembers of its base, so that it is never put onto another one.
 
-Per tensor: its shape; `base`, a hash of the base's entries at the adapter's indices in the base's dtype; `base_bf16`, the
-same hash after rounding to bf16 (left out when the base is bf16 itself); `sample`, a hash of 64 evenly spaced entries rounded
-to bf16, which does not depend on the mask, so that adapters of one base can be told to belong together.
+Per tensor: its shape; `base_<dtype>`, a hash of the base's entries at the adapter's indices in the base's dtype;
+`base_bfloat16`, the same after rounding to bf16; `sample`, a hash of 64 evenly spaced entries rounded to bf16, which does not
+depend on the mask, so that adapters of one base can be told to belong together, and merged ones be checked.
 
-A model loaded in the adapter's own base dtype must agree with `base`. In another dtype it must agree with `base_bf16`: an fp32
-copy of a bf16 checkpoint and a bf16 copy of an fp32 checkpoint both do.
+A model in the adapter's own base dtype must agree with that dtype's hash. In another dtype it must agree with the bf16 one: an
+fp32 copy of a bf16 checkpoint and a bf16 copy of an fp32 checkpoint both do. Hashes are 48 bits, against mix-ups, not attackers.
 
 Shape suffixes: K kept entries.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import Any
 
@@ -26,8 +27,9 @@ SAMPLES = 64
 
 
 def entries_hash(entries_K: torch.Tensor) -> str:
-    """16 hex digits over the bytes of `entries_K`."""
-    return hashlib.blake2b(entries_K.contiguous().cpu().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
+    """8 characters (base 64) over the bytes of `entries_K`."""
+    raw = entries_K.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return base64.b64encode(hashlib.blake2b(raw, digest_size=6).digest()).decode()
 
 
 def sample_hash(weight: torch.Tensor) -> str:
@@ -38,28 +40,33 @@ def sample_hash(weight: torch.Tensor) -> str:
     return entries_hash(flat[positions].to(torch.bfloat16))
 
 
-def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor | None = None) -> dict[str, Any]:
-    """The record of one tensor, taken before anything is written into `weight`; `base_K` saves a gather when at hand."""
-    base_K = gather(weight, indices_K) if base_K is None else base_K
-    record: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    record["base"] = entries_hash(base_K)
-    record["sample"] = sample_hash(weight)
-    if weight.dtype != torch.bfloat16:
-        record["base_bf16"] = entries_hash(base_K.to(torch.bfloat16))
+def _key(dtype: torch.dtype) -> str:
+    return "base_" + str(dtype).removeprefix("torch.")
+
+
+def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor) -> dict[str, Any]:
+    """The record of one tensor, taken before anything is written into `weight`."""
+    base_K = gather(weight, indices_K)
+    record: dict[str, Any] = {"shape": list(weight.shape), "sample": sample_hash(weight)}
+    for dtype in dict.fromkeys((weight.dtype, torch.bfloat16)):
+        record[_key(dtype)] = entries_hash(base_K.to(dtype))
     return record
 
 
 def check_fingerprint(name: str, weight: torch.Tensor, delta: SparseDelta, record: dict[str, Any] | None, base: str) -> None:
-    """Raise UserError unless `weight` is the tensor that `delta` was made for; `base` names that model in the message."""
+    """Raise UserError unless `weight` is the tensor that `delta` was made for; `base` names that model in the message.
+
+    A delta without a record (made by hand) is known by its shape alone, a merged one by its shape and sample.
+    """
     if parameter_shape(weight) != delta.shape:
         shapes = f"{parameter_shape(weight)}, the adapter wants {delta.shape}"
         raise UserError(f"this adapter is for another base ({base}): {name} has shape {shapes}")
-    if not record or "base" not in record:
-        return  # made by hand or merged: nothing but the shape is known
-    base_K = gather(weight, delta.indices_K.to(weight.device))
-    if record.get("dtype") == str(weight.dtype).removeprefix("torch."):
-        same = entries_hash(base_K) == record["base"]
+    record = record or {}
+    known = [dtype for dtype in (weight.dtype, torch.bfloat16) if _key(dtype) in record]
+    if known:
+        base_K = gather(weight, delta.indices_K.to(weight.device))
+        same = entries_hash(base_K.to(known[0])) == record[_key(known[0])]
     else:
-        same = entries_hash(base_K.to(torch.bfloat16)) == record.get("base_bf16", record["base"])
+        same = "sample" not in record or sample_hash(weight) == record["sample"]
     if not same:
         raise UserError(f"this adapter is for another base ({base}): {name} has other values than the one it was trained on")
