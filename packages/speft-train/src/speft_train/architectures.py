@@ -1,4 +1,6 @@
-"""Architectures of models named in configs/, as published: enough to plan a run (names, shapes, counts) without a network."""
+"""Architectures of models named in configs/, as published: enough to plan a run (names, shapes, counts) without a
+network.
+"""
 
 from __future__ import annotations
 

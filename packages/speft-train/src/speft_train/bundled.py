@@ -1,8 +1,8 @@
 """Models that come inside Python packages, so that a first run needs neither an account nor the Hub.
 
-`bundled:smollm2-135m` is a quantised GGUF file. Transformers reads it, but slowly, and a model loaded that way refuses to be
-saved; so its weights are copied once into an ordinary checkpoint in a cache folder, and later starts take seconds.
-The packages are looked up by their metadata and never imported.
+`bundled:smollm2-135m` is a quantised GGUF file. Transformers reads it, but slowly, and a model loaded that way
+refuses to be saved; so its weights are copied once into an ordinary checkpoint in a cache folder, and later starts
+take seconds. The packages are looked up by their metadata and never imported.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _from_gguf(file: Path, cache_dir: Path | None) -> Path:
                 _convert(file, place, stamp)
     except OSError as error:
         raise UserError(
-            f"cannot keep the converted model in {place.parent} ({error.strerror or error}): set SPEFT_CACHE to a folder with 1 GB free"
+            f"cannot keep the converted model in {place.parent} ({error.strerror or error}):"
+            " set SPEFT_CACHE to a folder with 1 GB free"
         ) from None
     return place
 

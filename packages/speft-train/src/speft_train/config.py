@@ -1,8 +1,8 @@
 """The configuration of one run: what every key means, how files and `key=value` overrides combine, and what is refused.
 
-A file may name others to start from with `base: parts/common.yaml` (or a list), relative to itself: later layers win key by
-key, lists are replaced as a whole, and `key=value` overrides come last. Everything is checked before anything is loaded, and
-all mistakes are reported at once.
+A file may name others to start from with `base: parts/common.yaml` (or a list), relative to itself: later layers win
+key by key, lists are replaced as a whole, and `key=value` overrides come last. Everything is checked before anything
+is loaded, and all mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ METHODS = ("sparse", "lora", "full")
 METRICS = ("gradient", "magnitude", "random")
 TEMPLATES = ("question_answer", "alpaca", "chat")
 BUDGET_UNITS = ("k", "density", "like_lora_r")
-PROBLEM_KINDS = ("add", "subtract", "multiply", "add_add", "add_subtract", "subtract_add", "multiply_add", "multiply_subtract")
+PROBLEM_KINDS = (
+    "add",
+    "subtract",
+    "multiply",
+    "add_add",
+    "add_subtract",
+    "subtract_add",
+    "multiply_add",
+    "multiply_subtract",
+)
 
 
 def _key(default: Any, doc: str, **rules: Any) -> Any:
@@ -44,16 +53,24 @@ class ModelConfig:
     revision: str | None = _key(None, "branch, tag or commit of a Hub model")
     task: str = _key("causal_lm", "kind of model to load", choices=("causal_lm", "sequence_classification"))
     num_labels: int = _key(2, "outputs of the head of a sequence_classification model", minimum=1)
-    dtype: str = _key("auto", "dtype of the weights; auto is that of the checkpoint", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = _key(
+        "auto",
+        "dtype of the weights; auto is that of the checkpoint",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     attn_implementation: str | None = _key(None, "attention of transformers: eager, sdpa, flash_attention_2, ...")
-    cache_dir: str | None = _key(None, "folder for downloaded and converted models (default: the Hugging Face and speft caches)")
+    cache_dir: str | None = _key(
+        None, "folder for downloaded and converted models (default: the Hugging Face and speft caches)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordProblemsConfig:
     """How hard `bundled:word-problems` is."""
 
-    kinds: list[str] = _key(lambda: list(PROBLEM_KINDS), "kinds of problems, drawn in equal shares", each=PROBLEM_KINDS, nonempty=True)
+    kinds: list[str] = _key(
+        lambda: list(PROBLEM_KINDS), "kinds of problems, drawn in equal shares", each=PROBLEM_KINDS, nonempty=True
+    )
     max_number: int = _key(60, "largest number that is added or subtracted", minimum=20, maximum=100_000)
     max_factor: int = _key(12, "largest factor of a multiplication", minimum=8, maximum=1000)
     seed: int = _key(0, "seed of the problems; train and test stay disjoint under every seed", minimum=0)
@@ -74,7 +91,9 @@ class DataConfig:
     template: str = _key("question_answer", "how a row becomes a prompt and an answer", choices=TEMPLATES)
     columns: dict[str, str] = _key(dict, "role of the template -> column of the data, where they differ")
     system_prompt: str | None = _key(None, "system message of the chat template")
-    train_size: int | None = _key(None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1)
+    train_size: int | None = _key(
+        None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1
+    )
     test_size: int | None = _key(None, "number of test rows, the first ones", minimum=1)
     validation_size: int | None = _key(None, "number of validation rows, the first ones", minimum=1)
     validation_from_train: int = _key(0, "take this many rows from the end of train for validation", minimum=0)
@@ -86,7 +105,9 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """How many scalars are trained: exactly one of k, density and like_lora_r; setting one drops the others of the base file."""
+    """How many scalars are trained: exactly one of k, density and like_lora_r; setting one drops the others of the
+    base file.
+    """
 
     k: int | None = _key(None, "number of scalars", minimum=1)
     density: float | None = _key(None, "share of the scalars that `of` names", above=0, maximum=1)
@@ -111,13 +132,23 @@ class AdapterSection:
     method: str = _key("sparse", "how the model is adapted", choices=METHODS)
     metric: str = _key("gradient", "saliency metric that chooses the scalars", choices=METRICS)
     budget: BudgetConfig = _key(BudgetConfig, "how many scalars are trained")
-    targets: str | list[str] = _key("all-linear", "parameters to choose from: names, suffixes, a regex, all-linear or body")
-    scope: str = _key("global", "one threshold over all targets, or the same density in each", choices=("global", "local"))
-    random_mode: str = _key("exact", "exactly k scalars, or each drawn on its own (metric random)", choices=("exact", "bernoulli"))
-    backward: str = _key("auto", "how the gradient of the values is computed", choices=("auto", "compact", "sampled", "dense"))
+    targets: str | list[str] = _key(
+        "all-linear", "parameters to choose from: names, suffixes, a regex, all-linear or body"
+    )
+    scope: str = _key(
+        "global", "one threshold over all targets, or the same density in each", choices=("global", "local")
+    )
+    random_mode: str = _key(
+        "exact", "exactly k scalars, or each drawn on its own (metric random)", choices=("exact", "bernoulli")
+    )
+    backward: str = _key(
+        "auto", "how the gradient of the values is computed", choices=("auto", "compact", "sampled", "dense")
+    )
     calibration_examples: int = _key(1024, "training examples that the saliency pass reads", minimum=1)
     calibration_batch_size: int = _key(16, "examples a batch of the saliency pass", minimum=1)
-    dtype: str | None = _key(None, "dtype of the saved values; default: that of the weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str | None = _key(
+        None, "dtype of the saved values; default: that of the weights", choices=("float32", "bfloat16", "float16")
+    )
     train_dense: list[str] = _key(list, "parameters that are trained whole, such as a classification head")
     mask: str | None = _key(None, "a saved mask to use in place of the saliency pass")
     lora: LoraConfig = _key(LoraConfig, "options of method lora")
@@ -127,11 +158,17 @@ class AdapterSection:
 class DeepspeedSection:
     """DeepSpeed. A run in one plain process needs none of it."""
 
-    enabled: str | bool = _key("auto", "auto is true when the deepspeed launcher started the run", choices=("auto", True, False))
-    zero_stage: int = _key(0, "what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too", minimum=0, maximum=3)
+    enabled: str | bool = _key(
+        "auto", "auto is true when the deepspeed launcher started the run", choices=("auto", True, False)
+    )
+    zero_stage: int = _key(
+        0, "what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too", minimum=0, maximum=3
+    )
     offload_optimizer: str | None = _key(None, "where optimizer states live", choices=("none", "cpu"))
     offload_param: str | None = _key(None, "where partitioned weights live (stage 3)", choices=("none", "cpu"))
-    config: str | dict[str, Any] | None = _key(None, "a DeepSpeed config (JSON file or mapping) whose keys win over ours")
+    config: str | dict[str, Any] | None = _key(
+        None, "a DeepSpeed config (JSON file or mapping) whose keys win over ours"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +240,8 @@ def section_hash(cfg: RunConfig, *sections: str) -> str:
 
 
 def batch_plan(cfg: RunConfig, world_size: int) -> tuple[int, int]:
-    """(examples a device and forward, accumulation steps) so that `train.global_batch_size` holds on `world_size` devices.
+    """(examples a device and forward, accumulation steps) so that `train.global_batch_size` holds on `world_size`
+    devices.
 
     Without global_batch_size the two fields of TrainingArguments are returned as they are.
     """
@@ -213,7 +251,9 @@ def batch_plan(cfg: RunConfig, world_size: int) -> tuple[int, int]:
         return per_device or 8, cfg.train.get("gradient_accumulation_steps", 1)
     share, rest = divmod(total, world_size)
     if rest or share == 0:
-        raise UserError(f"train.global_batch_size must be a multiple of the number of processes ({world_size}); got {total}")
+        raise UserError(
+            f"train.global_batch_size must be a multiple of the number of processes ({world_size}); got {total}"
+        )
     if per_device is None:
         per_device = next(size for size in range(min(share, 8), 0, -1) if share % size == 0)
     if share % per_device:
@@ -274,9 +314,13 @@ def _check_together(tree: Mapping[str, Any]) -> list[str]:
         method == "lora" and (adapter.get("lora") or {}).get("r") is None
     )
     if len(given) > 1 or (needs_budget and not given):
-        mistakes.append(f"adapter.budget: exactly one of {', '.join(BUDGET_UNITS)} must be set; got {', '.join(given) or 'none'}")
+        mistakes.append(
+            f"adapter.budget: exactly one of {', '.join(BUDGET_UNITS)} must be set; got {', '.join(given) or 'none'}"
+        )
     if "global_batch_size" in train and "gradient_accumulation_steps" in train:
-        mistakes.append("train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second")
+        mistakes.append(
+            "train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second"
+        )
     deepspeed = tree.get("deepspeed") or {}
     if deepspeed.get("offload_param") == "cpu" and deepspeed.get("zero_stage", 0) != 3:
         mistakes.append(f"deepspeed.offload_param: cpu needs zero_stage 3; got stage {deepspeed.get('zero_stage', 0)}")

@@ -1,6 +1,7 @@
 """Checks of a config tree against the dataclasses of config.py. Each returns its mistakes as text and raises nothing.
 
-A field's metadata may hold: required, choices, minimum, maximum, above, below, each (choices of a list's items), nonempty.
+A field's metadata may hold: required, choices, minimum, maximum, above, below, each (choices of a list's items),
+nonempty.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def check_tree(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> list[str]
         elif path == "train":
             mistakes += check_train(value)
         elif value is not None:
-            mistakes += [f"{path}: {rule}; got {value!r}.{hint}" for rule, hint in broken_rules(value, known[key].metadata)]
+            mistakes += [
+                f"{path}: {rule}; got {value!r}.{hint}" for rule, hint in broken_rules(value, known[key].metadata)
+            ]
     for name, f in known.items():
         if f.metadata.get("required") and name not in tree:
             mistakes.append(f"{prefix}{name}: is required ({f.metadata['doc']})")
@@ -61,7 +64,9 @@ def broken_rules(value: Any, rules: Mapping[str, Any]) -> list[tuple[str, str]]:
         broken.append(("must not be empty", ""))
     choices = rules.get("choices")
     if choices is not None and not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        broken.append((f"must be one of {', '.join(map(_show, choices))}", nearest(str(value), [str(c) for c in choices])))
+        broken.append(
+            (f"must be one of {', '.join(map(_show, choices))}", nearest(str(value), [str(c) for c in choices]))
+        )
     for item in value if isinstance(value, list) else []:
         if rules.get("each") is not None and item not in rules["each"]:
             broken.append((f"each must be one of {', '.join(rules['each'])}", nearest(str(item), list(rules["each"]))))

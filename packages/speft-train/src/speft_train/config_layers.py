@@ -18,7 +18,7 @@ EXCLUSIVE = (("adapter", "budget", ("k", "density", "like_lora_r")),)
 
 def read_layers(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The file, the files that its `base:` names below it, the overrides above it; interpolations resolved."""
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for layer in [*_file_layers(path, ()), _override_layer(overrides)]:
         try:
             _drop_exclusive(merged, layer)
@@ -37,7 +37,9 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[DictConfig]:
     """The layers of one file, lowest first."""
     resolved = path.resolve()
     if resolved in above:
-        raise UserError(f"config files must not include each other in a circle: {' -> '.join(p.name for p in (*above, resolved))}")
+        raise UserError(
+            f"config files must not include each other in a circle: {' -> '.join(p.name for p in (*above, resolved))}"
+        )
     content = _read_yaml(path)
     bases = content.pop("base", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else bases
@@ -62,7 +64,9 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
     # A single word is read as a mapping from it to nothing: tell it from `word:`.
     if not isinstance(content, DictConfig) or (text.strip() and not isinstance(yaml.compose(text), yaml.MappingNode)):
-        raise UserError(f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}")
+        raise UserError(
+            f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}"
+        )
     return content
 
 
@@ -70,7 +74,7 @@ def _override_layer(overrides: Sequence[str]) -> DictConfig:
     malformed = [item for item in overrides if "=" not in item or not item.split("=", 1)[0].strip()]
     if malformed:
         raise UserError(f"overrides must look like section.key=value; got {', '.join(map(repr, malformed))}")
-    layer = OmegaConf.create({})
+    layer: Any = OmegaConf.create({})
     for item in overrides:
         try:
             layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([item]))

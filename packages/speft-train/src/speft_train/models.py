@@ -46,7 +46,9 @@ def load_model(cfg: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `cfg.model`. Without a padding token it pads with its end-of-text token: no row is added to the model."""
+    """The tokenizer of `cfg.model`. Without a padding token it pads with its end-of-text token: no row is added to
+    the model.
+    """
     import transformers
 
     with _one_line_errors(cfg.model):
@@ -54,7 +56,9 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
-            raise UserError(f"model {cfg.model.name}: its tokenizer needs a padding, end-of-text or unknown token; it has none")
+            raise UserError(
+                f"model {cfg.model.name}: its tokenizer needs a padding, end-of-text or unknown token; it has none"
+            )
         tokenizer.pad_token = substitute
     return tokenizer
 
@@ -126,9 +130,14 @@ def _check_task(cfg: ModelConfig, config: PretrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     kind = config.model_type
-    encoder = kind in MASKED and not getattr(config, "is_decoder", False) and "CausalLM" not in str(config.architectures)
+    encoder = (
+        kind in MASKED and not getattr(config, "is_decoder", False) and "CausalLM" not in str(config.architectures)
+    )
     if cfg.task == "causal_lm" and (kind not in CAUSAL or encoder):
-        raise UserError(f"model.task causal_lm needs a decoder; {cfg.name} is of type {kind}: use model.task=sequence_classification")
+        raise UserError(
+            f"model.task causal_lm needs a decoder; {cfg.name} is of type {kind}:"
+            " use model.task=sequence_classification"
+        )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The `train` section: fields of transformers.TrainingArguments, checked without importing transformers.
 
-Names, types and enumerations are read from the source text of the installed version: importing it takes ten seconds, and a
-misspelt key should be told at once. The range checks that TrainingArguments does itself come later, when it is made.
+Names, types and enumerations are read from the source text of the installed version: importing it takes ten seconds,
+and a misspelt key should be told at once. The range checks that TrainingArguments does itself come later, when it is
+made.
 """
 
 from __future__ import annotations
@@ -148,8 +149,9 @@ def enumerations() -> dict[str, tuple[str, ...]]:
     for file in ("training_args.py", "trainer_utils.py"):
         for name, body in _classes(file).items():
             values = [n.value.value for n in body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)]
-            if values and all(isinstance(value, str) for value in values):
-                found[name] = tuple(values)
+            texts = [value for value in values if isinstance(value, str)]
+            if texts and len(texts) == len(values):
+                found[name] = tuple(texts)
     return found
 
 
@@ -176,6 +178,8 @@ def _type_names(annotation: ast.expr) -> tuple[str, ...]:
         (base,) = _type_names(annotation.value)
         if base in ("Union", "Optional", "Literal"):
             inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-            return tuple(name for item in inner for name in _type_names(item)) + (("None",) if base == "Optional" else ())
+            return tuple(name for item in inner for name in _type_names(item)) + (
+                ("None",) if base == "Optional" else ()
+            )
         return (base,)
     return ("Any",)

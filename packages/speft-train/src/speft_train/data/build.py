@@ -36,18 +36,25 @@ class DataBundle:
 
 
 def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
-    """Load, render and tokenize all data of a run. Raises a UserError that names the source and the row of what is wrong."""
+    """Load, render and tokenize all data of a run. Raises a UserError that names the source and the row of what is
+    wrong.
+    """
     data = cfg.data
     rows = load_splits(data)
     sets: dict[str, TokenDataset] = {}
     reports: dict[str, LengthReport] = {}
     for name, split_rows in rows.items():
-        source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[name]
+        source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[
+            name
+        ]
         examples = render(split_rows, tokenizer, data, source)
-        sets[name], reports[name] = tokenize(examples, tokenizer, data.max_length, data.overlong, data.prompt_loss, name)
+        sets[name], reports[name] = tokenize(
+            examples, tokenizer, data.max_length, data.overlong, data.prompt_loss, name
+        )
     if reports["train"].used == 0:
         raise UserError(
-            f"data.max_length must leave at least one training example; {data.max_length} leaves none of {reports['train'].rows}"
+            f"data.max_length must leave at least one training example;"
+            f" {data.max_length} leaves none of {reports['train'].rows}"
         )
     return DataBundle(
         train=sets["train"],
@@ -68,7 +75,9 @@ def load_splits(data: DataConfig) -> dict[str, Rows]:
     if held and not data.train.startswith("bundled:"):
         everything = load_rows(data.train, data.train_split, None, data)
         if held >= len(everything):
-            raise UserError(f"data.validation_from_train must be less than the {len(everything)} rows of {data.train}; got {held}")
+            raise UserError(
+                f"data.validation_from_train must be less than the {len(everything)} rows of {data.train}; got {held}"
+            )
         rows["train"] = everything[:-held][: data.train_size]
         rows["validation"] = everything[-held:]
     else:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Collator:
     """Makes a training batch: input_ids, attention_mask and labels, each (examples, longest).
 
-    With `trim_logits` the labels begin where the first answer of the batch begins, and `logits_to_keep` tells the model to
-    compute as many logits, for the last tokens only. The loss is the same: nothing is learnt before. On SmolLM2-135M the logits
-    are a quarter of the work, and most tokens of a short exercise are prompt.
+    With `trim_logits` the labels begin where the first answer of the batch begins, and `logits_to_keep` tells the
+    model to compute as many logits, for the last tokens only. The loss is the same: nothing is learnt before. On
+    SmolLM2-135M the logits are a quarter of the work, and most tokens of a short exercise are prompt.
     """
 
     pad_id: int

@@ -1,4 +1,5 @@
-"""The words of `bundled:word-problems`. Train and test share no sentence, no name and no thing (tests/train holds them to it).
+"""The words of `bundled:word-problems`. Train and test share no sentence, no name and no thing (tests/train holds
+them to it).
 
 {n} and {m} are names, {o} is a thing in the plural, {a}, {b} and {c} are the numbers in the order of the calculation.
 """
@@ -16,9 +17,34 @@ NAMES = {
 THINGS = {
     "train": (
         *("apples", "books", "pencils", "stamps", "marbles", "cards", "coins", "eggs", "flowers", "cookies", "shells"),
-        *("balls", "stickers", "oranges", "candles", "plates", "tickets", "toys", "buttons", "nuts", "rings", "bottles"),
+        *(
+            "balls",
+            "stickers",
+            "oranges",
+            "candles",
+            "plates",
+            "tickets",
+            "toys",
+            "buttons",
+            "nuts",
+            "rings",
+            "bottles",
+        ),
     ),
-    "test": ("pears", "magazines", "crayons", "badges", "beads", "photos", "lemons", "muffins", "roses", "stones", "cups", "keys"),
+    "test": (
+        "pears",
+        "magazines",
+        "crayons",
+        "badges",
+        "beads",
+        "photos",
+        "lemons",
+        "muffins",
+        "roses",
+        "stones",
+        "cups",
+        "keys",
+    ),
 }
 
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -127,7 +153,7 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "test": (
             "In each of {a} baskets {n} put {b} {o}; {c} others lie outside. Count all the {o}.",
             "Every one of {a} children got {b} {o}, and {n} got {c}. What is the sum of their {o}?",
-            "{n} filled {a} jars, placing {b} {o} in every jar, and kept {c} extra. What number of {o} is that altogether?",
+            "{n} filled {a} jars, placing {b} {o} in every jar, and kept {c} extra. What number is that altogether?",
         ),
     },
     "multiply_subtract": {

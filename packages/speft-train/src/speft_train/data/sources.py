@@ -68,7 +68,9 @@ def fingerprint(source: str) -> str:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file, or of a file that is one JSON list. Bad lines are named by number, the first few at once."""
+    """Objects of a JSON Lines file, or of a file that is one JSON list. Bad lines are named by number, the first few
+    at once.
+    """
     bad: list[str] = []
     with path.open(encoding="utf-8-sig", newline="\n", errors="surrogateescape") as file:
         start = file.read(1)
@@ -121,10 +123,12 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
             reader = csv.DictReader(file, delimiter=TABLES[path.suffix.lower()], strict=True)
             header = reader.fieldnames or []
             if not header or len(set(header)) < len(header):
-                raise UserError(f"{path} must start with a line of different column names; got {', '.join(header) or 'an empty file'}")
+                listed = ", ".join(header) or "an empty file"
+                raise UserError(f"{path} must start with a line of different column names; got {listed}")
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{path} line {reader.line_num} must have {len(header)} fields, as the header; it has another number")
+                    place = f"{path} line {reader.line_num}"
+                    raise UserError(f"{place} must have {len(header)} fields, as the header; it has another number")
                 yield row
     except UnicodeDecodeError as error:
         raise UserError(f"{path} must be UTF-8; byte {error.start} is not") from None
@@ -144,7 +148,9 @@ def _from_hub(source: str, split: str, size: int | None, cfg: DataConfig) -> Row
     try:
         import datasets
     except ImportError:
-        raise UserError(f"data set {source} is on the Hub, which needs the package datasets: pip install datasets") from None
+        raise UserError(
+            f"data set {source} is on the Hub, which needs the package datasets: pip install datasets"
+        ) from None
     try:
         loaded = datasets.load_dataset(source, cfg.subset, split=split, revision=cfg.revision)
     except (OSError, ValueError, RuntimeError) as error:
@@ -157,17 +163,32 @@ def _reason(error: Exception, cfg: DataConfig, split: str) -> str:
     """What the datasets library says over many lines, in one."""
     name, text = type(error).__name__, str(error).strip() or type(error).__name__
     reasons = (
-        ("DatasetNotFoundError" in name, "there is no such local file, nor such a data set on the Hub that you may read"),
-        ("Couldn't reach" in text or "Connect" in name or "Offline" in name, "the Hub cannot be reached, and it is not in the local cache"),
+        (
+            "DatasetNotFoundError" in name,
+            "there is no such local file, nor such a data set on the Hub that you may read",
+        ),
+        (
+            "Couldn't reach" in text or "Connect" in name or "Offline" in name,
+            "the Hub cannot be reached, and it is not in the local cache",
+        ),
         ("Unknown split" in text, f"it has no split {split!r}: {text.splitlines()[0]}"),
-        ("Config name is missing" in text, "data.subset must name one of its configurations: " + " ".join(text.split())),
-        ("BuilderConfig" in text and "not found" in text, f"it has no configuration {cfg.subset!r}: " + " ".join(text.split())),
+        (
+            "Config name is missing" in text,
+            "data.subset must name one of its configurations: " + " ".join(text.split()),
+        ),
+        (
+            "BuilderConfig" in text and "not found" in text,
+            f"it has no configuration {cfg.subset!r}: " + " ".join(text.split()),
+        ),
         ("scripts are no longer supported" in text, "it needs code of its own to run, which is never done here"),
     )
     return next((words for holds, words in reasons if holds), text.splitlines()[0])
 
 
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {**dict.fromkeys(JSON_LINES, read_json_lines), **dict.fromkeys(TABLES, read_table)}
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    **dict.fromkeys(JSON_LINES, read_json_lines),
+    **dict.fromkeys(TABLES, read_table),
+}
 
 
 def available_columns(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """From a row of data to a prompt and the text to learn. One function a template, in the table TEMPLATES.
 
-A rendered example is a list of pieces of text, each either read (prompt) or learnt (answer); pieces are tokenized one by one, so
-a prompt has the same tokens in training and in generation.
+A rendered example is a list of pieces of text, each either read (prompt) or learnt (answer); pieces are tokenized one
+by one, so a prompt has the same tokens in training and in generation.
 """
 
 from __future__ import annotations
@@ -65,16 +65,19 @@ def columns_of(template: str, columns: Mapping[str, str], available: Sequence[st
     roles = known.required + known.optional
     for role in columns:
         if role not in roles:
-            raise UserError(f"data.columns: template {template} has the roles {', '.join(roles)}; got {role!r}.{nearest(role, roles)}".removesuffix("."))
+            message = f"data.columns: template {template} has the roles {', '.join(roles)}; got {role!r}"
+            raise UserError(f"{message}.{nearest(role, roles)}".removesuffix("."))
     chosen = {role: columns.get(role, role) for role in roles}
     if template == "chat" and "messages" not in columns and "messages" not in available:
         chosen = _chat_columns(columns, available)
-    missing = [chosen[r] for r in roles if r in chosen and (r in known.required or r in columns) and chosen[r] not in available]
+    missing = [
+        chosen[r] for r in roles if r in chosen and (r in known.required or r in columns) and chosen[r] not in available
+    ]
     if missing:
         listed = ", ".join(available) or "none"
         raise UserError(
-            f"{source} must have the column{'s' * (len(missing) > 1)} {', '.join(missing)} for template {template}; it has {listed}"
-            f" (data.columns maps {', '.join(roles)} to columns)"
+            f"{source} must have the column{'s' * (len(missing) > 1)} {', '.join(missing)} for template {template};"
+            f" it has {listed} (data.columns maps {', '.join(roles)} to columns)"
         )
     return {role: column for role, column in chosen.items() if column in available}
 
@@ -103,7 +106,8 @@ def _alpaca(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
         )
     else:
         prompt = (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
             f"### Instruction:\n{instruction}\n\n### Response:"
         )
     return Rendered((Piece(prompt, False), Piece(_text(row, "output"), True)))
@@ -112,7 +116,9 @@ def _alpaca(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
 def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
     """The tokenizer's own chat template; every turn of the assistant is learnt."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("template chat needs a tokenizer with a chat template; this one has none: use question_answer or alpaca")
+        raise UserError(
+            "template chat needs a tokenizer with a chat template; this one has none: use question_answer or alpaca"
+        )
     messages = _messages(row, system)
     pieces: list[Piece] = []
     done = ""
@@ -122,7 +128,10 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
         before = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
         after = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
         if not (before.startswith(done) and after.startswith(before)):
-            raise UserError("template chat needs a chat template in which later turns leave earlier ones as they are; this one does not")
+            raise UserError(
+                "template chat needs a chat template in which later turns leave earlier ones as they are;"
+                " this one does not"
+            )
         pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], True)]
         done = after
     last = pieces[-1]
@@ -133,11 +142,15 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
 
 def _messages(row: Row, system: str | None) -> list[dict[str, str]]:
     if "messages" not in row:
-        messages = [{"role": "user", "content": _text(row, "question")}, {"role": "assistant", "content": _text(row, "answer")}]
+        messages = [
+            {"role": "user", "content": _text(row, "question")},
+            {"role": "assistant", "content": _text(row, "answer")},
+        ]
     else:
         messages = row["messages"]
         right = isinstance(messages, Sequence) and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
         )
         if isinstance(messages, str) or not right:
             raise UserError("messages must be a list of mappings with the texts role and content")

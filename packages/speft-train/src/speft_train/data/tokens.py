@@ -36,7 +36,8 @@ class LengthReport:
 
     def sentence(self, name: str, max_length: int) -> str:
         """One line for the terminal and the report."""
-        text = f"{name}: {self.used} examples, {self.tokens} tokens of which {self.learnt_tokens} are learnt, longest {self.longest}"
+        text = f"{name}: {self.used} examples, {self.tokens} tokens of which {self.learnt_tokens} are learnt"
+        text += f", longest {self.longest}"
         if self.dropped:
             text += f"; {self.dropped} dropped, longer than {max_length} tokens"
         if self.truncated:
@@ -64,6 +65,11 @@ class TokenDataset(Dataset[dict[str, list[int]]]):
         ids = self.ids[part]
         return {"input_ids": ids.tolist(), "labels": ids.masked_fill(~self.learnt[part], IGNORED).tolist()}
 
+    def select(self, places: Sequence[int]) -> TokenDataset:
+        """The examples at some places, in that order."""
+        parts = [slice(int(self.bounds[place]), int(self.bounds[place + 1])) for place in places]
+        return TokenDataset([self.ids[p].tolist() for p in parts], [self.learnt[p].tolist() for p in parts])
+
     @property
     def lengths(self) -> list[int]:
         return self.bounds.diff().tolist()
@@ -81,7 +87,9 @@ def tokenize(
     ids: list[list[int]] = []
     marks: list[list[bool]] = []
     dropped = truncated = 0
-    shown = tqdm(examples, desc=f"tokenizing {name}", unit=" rows", disable=None if len(examples) >= SHOW_PROGRESS_FROM else True)
+    shown = tqdm(
+        examples, desc=f"tokenizing {name}", unit=" rows", disable=None if len(examples) >= SHOW_PROGRESS_FROM else True
+    )
     for example in shown:
         tokens, learnt = encode(example, tokenizer, prompt_loss)
         if len(tokens) > max_length:
@@ -104,8 +112,12 @@ def tokenize(
     return TokenDataset(ids, marks), report
 
 
-def encode(example: Rendered, tokenizer: PreTrainedTokenizerBase, prompt_loss: bool = False) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is learnt) of one example, with the tokenizer's start token and the end token of an answer."""
+def encode(
+    example: Rendered, tokenizer: PreTrainedTokenizerBase, prompt_loss: bool = False
+) -> tuple[list[int], list[bool]]:
+    """(token ids, whether each is learnt) of one example, with the tokenizer's start token and the end token of an
+    answer.
+    """
     ids: list[int] = []
     learnt: list[bool] = []
     before = ""
@@ -138,7 +150,9 @@ def _first(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list
 
 
 def _next(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a piece that follows another: some tokenizers start every text with a space, which does not belong here."""
+    """Tokens of a piece that follows another: some tokenizers start every text with a space, which does not belong
+    here.
+    """
     anchor = before[-1:]
     start = _ids(anchor, tokenizer, False)
     both = _ids(anchor + text, tokenizer, False)

@@ -3,9 +3,9 @@
     question  "Tom has 23 apples, buys 14 more and gives 9 to Anna. How many apples does Tom have now?"
     answer    "23+14=37, 37-9=28\\n#### 28"
 
-Train and test share neither numbers nor words: every number in a test question is 1 modulo 3 and none in a training question
-is; sentences, names and things come from separate lists (phrases.py). A model that scores on the test problems has learnt to
-read the question and to calculate, not to recall. No answer equals a number of its question.
+Train and test share neither numbers nor words: every number in a test question is 1 modulo 3 and none in a training
+question is; sentences, names and things come from separate lists (phrases.py). A model that scores on the test
+problems has learnt to read the question and to calculate, not to recall. No answer equals a number of its question.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def make_problems(split: str, size: int, options: WordProblemsConfig | None = No
 
 
 def _is_validation(problem: Problem) -> bool:
-    """One training-side problem in sixteen is for validation, by its text, so that no list length or seed mixes the two."""
+    """One training-side problem in sixteen is for validation, by its text, so that no list length or seed mixes the
+    two.
+    """
     return zlib.crc32(problem.question.encode()) % 16 == 0
 
 
@@ -101,7 +103,9 @@ def _draw_numbers(
     factors = _pool(side, options.max_factor)
     others = _pool(side, options.max_number)
     while True:
-        numbers = tuple(generator.choice(factors if signs[0] == "*" and place < 2 else others) for place in range(len(signs) + 1))
+        numbers = tuple(
+            generator.choice(factors if signs[0] == "*" and place < 2 else others) for place in range(len(signs) + 1)
+        )
         results = _calculate(signs, numbers)
         if min(results) >= 2 and results[-1] not in numbers:
             return numbers, results

@@ -28,8 +28,8 @@ def generate_exact_match(
 ) -> dict[str, Any]:
     """Generate an answer to every row (the first `evaluate.limit`) and compare its number with the row's.
 
-    Returns exact_match and exact_match_last_number (shares of 1), count, seconds, and a few `examples` for the report, wrong
-    ones first.
+    Returns exact_match and exact_match_last_number (shares of 1), count, seconds, and a few `examples` for the
+    report, wrong ones first.
     """
     started = time.perf_counter()
     kept = [dict(row) for row in rows[: cfg.evaluate.limit]]
@@ -40,7 +40,8 @@ def generate_exact_match(
     missing = next((place for place, number in enumerate(wanted) if number is None), None)
     if missing is not None:
         raise UserError(
-            f"exact match needs a number in every test answer; row {missing + 1} has none: set evaluate.generation=false"
+            f"exact match needs a number in every test answer; row {missing + 1} has none:"
+            " set evaluate.generation=false"
         )
     answers = generate_greedy(
         model,

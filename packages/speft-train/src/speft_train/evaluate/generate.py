@@ -25,13 +25,19 @@ def generate_greedy(
     description: str = "generating",
     progress: bool = True,
 ) -> list[str]:
-    """The model's answer to each prompt (token ids), in the order given. Longest prompts run first and with their like."""
+    """The model's answer to each prompt (token ids), in the order given. Longest prompts run first and with their
+    like.
+    """
     from transformers import GenerationConfig
 
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=pad_id
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_ids(model, tokenizer),
+        pad_token_id=pad_id,
     )
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
@@ -44,7 +50,9 @@ def generate_greedy(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             ids, mask = left_padded([prompts[place] for place in places], pad_id)
-            made: Any = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            made: Any = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
             for place, tokens in zip(places, made[:, ids.shape[1] :].tolist(), strict=True):
                 answers[place] = tokenizer.decode(tokens, skip_special_tokens=True)
             bar.update(len(places))

@@ -21,7 +21,9 @@ def held_out_loss(
     description: str = "loss",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """{"loss": mean over all learnt tokens, "perplexity", "tokens"} of the first `limit` examples, the model as it stands."""
+    """{"loss": mean over all learnt tokens, "perplexity", "tokens"} of the first `limit` examples, the model as it
+    stands.
+    """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     lengths = dataset.lengths
     order = sorted(range(count), key=lambda place: (-lengths[place], place))
@@ -30,13 +32,19 @@ def held_out_loss(
     total, tokens = 0.0, 0
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=count, desc=description, unit=" examples", disable=None if progress else True) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=count, desc=description, unit=" examples", disable=None if progress else True) as bar,
+        ):
             for start in range(0, count, batch_size):
                 places = order[start : start + batch_size]
                 batch = collate([dataset[place] for place in places])
                 learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
                 if learnt:
-                    inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+                    inputs = {
+                        key: value.to(device) if isinstance(value, torch.Tensor) else value
+                        for key, value in batch.items()
+                    }
                     total += float(model(**inputs, use_cache=False).loss) * learnt
                     tokens += learnt
                 bar.update(len(places))
