@@ -19,7 +19,7 @@ from .errors import UserError, nearest
 from .fingerprint import fingerprint
 from .mask import SparsityMask, random_origin
 from .ops.plans import PLANS
-from .slots import AttachedForward, Slot
+from .slots import AttachedForward, Slot, check_adaptable
 from .targets import base_parameters, owners_of
 
 
@@ -49,6 +49,9 @@ def attach(model: nn.Module, mask: SparsityMask, train_dense: Sequence[str] = ()
     if backward != "auto" and backward not in PLANS:
         raise UserError(f"backward must be auto or one of {', '.join(PLANS)}, got {backward!r}")
     mask.check_model(model)
+    for name, parameter in base_parameters(model).items():
+        if name in mask.indices:
+            check_adaptable(name, parameter)
     dense_names = _dense_names(model, mask, train_dense)
     return Tuner(model, mask, dense_names, backward)
 

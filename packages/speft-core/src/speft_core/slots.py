@@ -20,6 +20,13 @@ from .ops.plans import plan_named
 from .writing import add_values, gather, scatter
 
 
+def check_adaptable(name: str, weight: torch.Tensor) -> None:
+    """Raise UserError unless `weight` is a contiguous floating-point tensor, the only kind that is written in place."""
+    if not weight.is_contiguous() or not weight.is_floating_point():
+        got = f"{weight.dtype}{'' if weight.is_contiguous() else ', not contiguous'}"
+        raise UserError(f"{name}: only contiguous floating-point parameters can be adapted, got {got}")
+
+
 class Slot:
     """An adapted parameter: where it lives, its plan, and whether the weight holds base + values at the moment.
 
@@ -29,9 +36,6 @@ class Slot:
 
     def __init__(self, name: str, module: nn.Module, attribute: str, indices_K: torch.Tensor, backward: str) -> None:
         weight: nn.Parameter = getattr(module, attribute)
-        if not weight.is_contiguous() or not weight.is_floating_point():
-            got = f"{weight.dtype}{'' if weight.is_contiguous() else ', not contiguous'}"
-            raise UserError(f"{name}: only contiguous floating-point parameters can be adapted, got {got}")
         self.name, self.module, self.attribute = name, module, attribute
         self.plan_asked, self.plan, self.reason, self.layout = (backward, None, "dense gradient of this tensor alone", None)
         if self.is_fast:

@@ -1,0 +1,138 @@
+"""Every backward plan against the oracle: each dtype, awkward shapes, and float64 gradcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from speft_core.errors import UserError
+from speft_core.ops.functions import SparseLinear
+from speft_core.ops.layout import Layout
+from speft_core.ops.plans import PLANS, plan_named
+from speft_core.ops.reference import weight_gradient_entries
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float64: 1e-12}
+
+# name -> (O, I, leading sizes of the input, how many entries or a list of them)
+SHAPES = {
+    "plain": (24, 16, (2, 9), 40),
+    "one_row": (24, 16, (5,), [3 * 16 + 2, 3 * 16 + 5, 3 * 16 + 15]),
+    "one_column": (24, 16, (5,), [4, 4 + 16, 4 + 16 * 23]),
+    "one_entry": (24, 16, (7,), [101]),
+    "last_entry": (24, 16, (7,), [24 * 16 - 1]),
+    "empty": (24, 16, (7,), []),
+    "full": (7, 5, (3, 4), 35),
+    "odd_sizes": (37, 53, (3, 11), 211),
+    "one_output": (1, 19, (6,), 4),
+    "one_input": (19, 1, (6,), 4),
+    "one_token": (12, 10, (1,), 30),
+    "no_token": (12, 10, (0,), 30),
+    "vector_input": (12, 10, (), 30),
+    "four_dimensions": (12, 10, (2, 3, 4), 30),
+    "many_tokens": (20, 33, (517,), 60),
+    "one_dense_column": (40, 30, (9,), [r * 30 + 7 for r in range(40)] + [11, 29 + 30 * 39]),
+}
+
+
+def case(shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weight, grad_y and indices of a named shape."""
+    outputs, inputs, leading, entries = SHAPES[shape]
+    generator = torch.Generator().manual_seed(3)
+    if isinstance(entries, int):
+        indices_K = torch.randperm(outputs * inputs, generator=generator)[:entries].sort().values
+    else:
+        indices_K = torch.tensor(sorted(set(entries)), dtype=torch.int64)
+    x = torch.randn(*leading, inputs, generator=generator, dtype=torch.float64).to(dtype)
+    grad_y = torch.randn(*leading, outputs, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64).to(dtype)
+    return x, weight, grad_y, indices_K.to(torch.int32)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is expected."""
+    if not expected.numel() or not expected.norm():
+        return float(found.norm())
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("plan", [*PLANS, "auto"])
+def test_each_plan_gives_the_oracles_entries(plan: str, shape: str, dtype: torch.dtype) -> None:
+    x, weight, grad_y, indices_K = case(shape, dtype)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    row, _ = plan_named(plan, layout)
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    found_K = row.entries(row.keep(x_TI, layout), grad_TO, layout)
+    expected_K = weight_gradient_entries(x.double(), grad_y.double(), indices_K)
+    assert found_K.shape == (indices_K.numel(),)
+    assert found_K.dtype == torch.promote_types(dtype, torch.float32)
+    assert relative(found_K, expected_K) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_gradients_that_are_strided_or_expanded_are_read_rightly(plan: str) -> None:
+    x, weight, grad_y, indices_K = case("odd_sizes", torch.float32)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    row = PLANS[plan]
+    x_TI = x.reshape(-1, x.shape[-1])
+    wide_TO = torch.randn(x_TI.shape[0], 2 * weight.shape[0])
+    for grad_TO in (wide_TO[:, ::2], wide_TO[:1, : weight.shape[0]].expand(x_TI.shape[0], -1), torch.ones(()).expand(33, 37)):
+        expected_K = weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K)
+        found_K = row.entries(row.keep(x_TI, layout), grad_TO, layout)
+        assert relative(found_K, expected_K) <= 1e-5
+    sliced_TI = torch.randn(33, 3 * 53)[:, 1::3]
+    found_K = row.entries(row.keep(sliced_TI, layout), wide_TO[:, :37], layout)
+    assert relative(found_K, weight_gradient_entries(sliced_TI.double(), wide_TO[:, :37].double(), indices_K)) <= 1e-5
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+@pytest.mark.parametrize("shape", ["plain", "one_row", "empty", "full", "vector_input", "four_dimensions"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradcheck_in_float64(plan: str, shape: str, biased: bool) -> None:
+    x, weight, _, indices_K = case(shape, torch.float64)
+    base_K = weight.reshape(-1)[indices_K.long()].clone()
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    bias = torch.randn(weight.shape[0], dtype=torch.float64).requires_grad_() if biased else None
+    values_K = torch.zeros(indices_K.numel(), dtype=torch.float64, requires_grad=True)
+
+    def forward(x: torch.Tensor, values_K: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():  # base + values is in the weight, as an attached forward leaves it
+            weight.view(-1)[indices_K.long()] = base_K + values_K
+        return SparseLinear.apply(x, weight.clone(), bias, values_K, PLANS[plan], layout)
+
+    assert torch.autograd.gradcheck(forward, (x.requires_grad_(), values_K, bias))
+
+
+def test_tiles_of_one_row_and_of_all_rows_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, grad_y, indices_K = case("odd_sizes", torch.float32)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    for name in ("compact", "dense"):
+        row, found = PLANS[name], []
+        for elements in (1, 300, 1 << 20):
+            monkeypatch.setattr("speft_core.ops.plans.TILE_ELEMENTS", elements)
+            found.append(row.entries(row.keep(x_TI, layout), grad_TO, layout))
+        torch.testing.assert_close(found[0], found[2])
+        torch.testing.assert_close(found[1], found[2])
+
+
+def test_no_more_columns_are_kept_than_the_entries_touch() -> None:
+    x = torch.randn(8, 100)
+    layout = Layout.of(torch.tensor([3, 103, 250]), (3, 100))
+    for name in ("compact", "sampled"):
+        assert PLANS[name].keep(x, layout).shape == (8, 2)
+
+
+def test_an_unknown_plan_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"auto or one of compact, .*got 'fast'"):
+        plan_named("fast", Layout.of(torch.tensor([1]), (2, 2)))
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_the_layout_names_each_entrys_row_and_column(shape: str) -> None:
+    _, weight, _, indices_K = case(shape, torch.float32)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    flat_K = layout.rows_R[layout.row_of_K.long()].long() * weight.shape[1] + layout.cols_C[layout.col_of_K.long()]
+    assert torch.equal(flat_K, indices_K.long())
+    assert int(layout.first_R[-1]) == layout.nnz == indices_K.numel()
+    assert torch.equal(torch.diff(layout.first_R), torch.bincount(layout.row_of_K.long(), minlength=layout.rows_R.numel()))
