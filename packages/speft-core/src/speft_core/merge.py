@@ -165,7 +165,7 @@ def merged_print(name: str, merged: SparseDelta, sources: Sequence[Source]) -> d
             continue
         if torch.equal(source.deltas[name].indices_K.cpu(), merged.indices_K):
             return dict(record)
-        found = found or {k: v for k, v in record.items() if k in ("shape", "dtype", "sample")}
+        found = found or {k: v for k, v in record.items() if k in ("shape", "sample")}
     return found
 
 

@@ -53,7 +53,8 @@ def bernoulli_indices(seed: int, name: str, numel: int, density: float) -> torch
     stream = _stream(seed, name)
     chosen = []
     for start in range(0, numel, _CHUNK):
-        tosses = stream.random_raw(_CHUNK // 2).astype("<u8").view("<u4")[: min(_CHUNK, numel - start)]
+        size = min(_CHUNK, numel - start)
+        tosses = stream.random_raw((size + 1) // 2).astype("<u8").view("<u4")[:size]
         chosen.append(np.flatnonzero(tosses < threshold).astype(np.int64) + start)
     indices = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
     return torch.from_numpy(indices).to(index_dtype(numel))
