@@ -5,13 +5,21 @@ from .attach import PlanRow, Tuner, attach
 from .delta import SparseDelta
 from .errors import UserError
 from .mask import Budget, SparsityMask
-from .saliency import METRICS, find_mask, saliency_scores
+from .merge import merge, merge_report, subtract
+from .merge_methods import METHODS as MERGE_METHODS
+from .multihead import AdapterBank, HeadOutput, MultiHeadModel
+from .saliency import METRICS, Metric, find_mask, register_metric, saliency_scores, weight_change
 
 __all__ = [
+    "MERGE_METHODS",
     "METRICS",
+    "AdapterBank",
     "AdapterConfig",
     "Applied",
     "Budget",
+    "HeadOutput",
+    "Metric",
+    "MultiHeadModel",
     "PlanRow",
     "SparseAdapter",
     "SparseDelta",
@@ -20,5 +28,10 @@ __all__ = [
     "UserError",
     "attach",
     "find_mask",
+    "merge",
+    "merge_report",
+    "register_metric",
     "saliency_scores",
+    "subtract",
+    "weight_change",
 ]
