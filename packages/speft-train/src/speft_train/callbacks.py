@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,6 +13,8 @@ from speft_core.errors import UserError
 
 from .ranks import Ranks
 from .signals import StopRequest
+
+SHOWN = ("loss", "eval_loss", "learning_rate")
 
 
 class StopOnSignal(TrainerCallback):
@@ -50,20 +53,36 @@ class FiniteLoss(TrainerCallback):
                 )
 
 
+class Lines(TrainerCallback):
+    """The figures of each log as a line, where no bar can be drawn."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The end of training is logged too, with other figures."""
+        shown = [f"{name} {value:.4g}" for name, value in (logs or {}).items() if name in SHOWN]
+        if shown:
+            self.say(f"  step {state.global_step}/{state.max_steps}: {', '.join(shown)}")
+
+
 class Progress(TrainerCallback):
     """One bar over the steps, with the loss beside it."""
 
     def __init__(self) -> None:
         self.bar: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A resumed run starts where it was."""
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True
-            )
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One step further."""
@@ -79,14 +98,11 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """The newest figures."""
-        names = ("loss", "eval_loss", "learning_rate")
-        shown = {name: f"{value:.4g}" for name, value in (logs or {}).items() if name in names}
+        shown = {name: f"{value:.4g}" for name, value in (logs or {}).items() if name in SHOWN}
         if self.bar is not None and shown:
             self.bar.set_postfix(shown)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The bar stays, full."""
         if self.bar is not None:
             self.bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ class Run:
     @property
     def shows_progress(self) -> bool:
         """Whether this process draws progress bars."""
-        return self.ranks.is_main and not self.cfg.train.get("disable_tqdm", False)
+        wanted = not self.cfg.train.get("disable_tqdm", False)
+        return wanted and self.ranks.is_main and sys.stderr.isatty()
 
     def say(self, text: str) -> None:
         """One line to the user, from rank 0."""

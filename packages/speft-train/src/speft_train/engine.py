@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +28,7 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 def launched_ranks() -> tuple[int, int, int]:
     """(rank, world size, local rank) that a launcher put into the environment; (0, 1, 0) without one."""
     rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     return rank, world, local
 
@@ -42,15 +42,17 @@ def is_enabled(section: DeepspeedSection) -> bool:
 
 def start(section: DeepspeedSection) -> Ranks:
     """Join the other processes. Without DeepSpeed there must be none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
     rank, world, local_rank = launched_ranks()
     if not is_enabled(section):
         if world > 1:
             raise UserError(
-                f"several processes need DeepSpeed: deepspeed.enabled is false and {world} were launched;"
-                " allowed: auto or true"
+                f"several processes need DeepSpeed: deepspeed.enabled is false and {world} were launched; allowed: auto or true"
             )
         return Ranks()
-    import torch
     import torch.distributed as dist
 
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -62,7 +64,12 @@ def start(section: DeepspeedSection) -> Ranks:
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        threads = max(1, (os.cpu_count() or 1) // local_world)
+        torch.set_num_threads(threads)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # accelerate sets other numbers where these are missing
+            os.environ[name] = str(threads)
+    # DeepSpeed calls what torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*", category=FutureWarning)
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=WAIT
@@ -121,6 +128,9 @@ def save_optimizer(engine: Any, folder: str) -> None:
         engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     finally:
         del engine.module_state_dict
+    if engine.global_rank == 0:  # tools that rebuild a whole model from the weights that are not there
+        for tool in Path(folder).glob("zero_to_*.py"):
+            tool.unlink()
 
 
 def load_optimizer(engine: Any, folder: str) -> None:
@@ -145,9 +155,7 @@ def _import_deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(
-            f"this run needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed"
-        ) from None
+        raise UserError(f"this run needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed") from None
     import torch
 
     if not torch.cuda.is_available():
@@ -164,9 +172,7 @@ def _raw(section: DeepspeedSection) -> dict[str, Any]:
     try:
         found = json.loads(Path(section.config).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"deepspeed.config: {section.config} does not exist; it must be a JSON file or a mapping"
-        ) from None
+        raise UserError(f"deepspeed.config: {section.config} does not exist; it must be a JSON file or a mapping") from None
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.config: {section.config} is not a JSON file: {error}") from None
     if not isinstance(found, dict):

@@ -86,9 +86,7 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path / RECORD} cannot be read ({error}); remove it to run all stages again"
-            ) from None
+            raise UserError(f"{self.path / RECORD} cannot be read ({error}); remove it to run all stages again") from None
         return found if isinstance(found, dict) else {}
 
     def result(self, stage: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ IGNORED = -100
 def supports(model: nn.Module) -> str | None:
     """None when this model's loss can be computed so; otherwise why not."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     inner = unwrap(model)
     head = getattr(inner, "get_output_embeddings", lambda: None)()
@@ -29,7 +30,8 @@ def supports(model: nn.Module) -> str | None:
         return "it has no output embeddings"
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if LOSS_MAPPING.get(getattr(inner, "loss_type", None) or "") is not ForCausalLMLoss:
+    kind = getattr(inner, "loss_type", None) or ("ForCausalLM" if type(inner).__name__ in CAUSAL.values() else "")
+    if LOSS_MAPPING.get(kind) is not ForCausalLMLoss:
         return "its loss is not the next-token loss of transformers"
     return None
 

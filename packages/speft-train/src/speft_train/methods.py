@@ -4,6 +4,7 @@ back on.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -101,6 +102,14 @@ def lora_rank(model: Any, section: AdapterSection) -> int:
     return k // each
 
 
+@contextmanager
+def _without_old_names() -> Iterator[None]:
+    """PEFT asks for an attribute that transformers 5 has renamed, and users can do nothing about the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 def _attach_lora(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None) -> Attached:
     import peft
 
@@ -115,7 +124,8 @@ def _attach_lora(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask |
     )
     wanted = {p: p.requires_grad for p in model.parameters()}
     torch.manual_seed(cfg.seed)  # A starts at random: the same on every rank
-    adapted: Any = peft.get_peft_model(model, settings)
+    with _without_old_names():
+        adapted: Any = peft.get_peft_model(model, settings)
 
     def save(folder: Path) -> None:
         adapted.save_pretrained(folder)
@@ -133,7 +143,8 @@ def _attach_lora(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask |
 def _lora_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Iterator[Any]:
     import peft
 
-    adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
+    with _without_old_names():
+        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
     try:
         yield adapted.eval()
     finally:

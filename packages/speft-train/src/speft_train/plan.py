@@ -82,9 +82,7 @@ def _stages(cfg: RunConfig) -> Table:
     for heading in ("stage", "what it does", ""):
         table.add_column(heading)
     for stage in STAGES:
-        done = (
-            stage.name in records and not stage.serves and folder.is_done(stage.name, stage.depends(cfg), stage.files)
-        )
+        done = stage.name in records and not stage.serves and folder.is_done(stage.name, stage.depends(cfg), stage.files)
         state = "off" if not stage.wanted(cfg) else "done" if done else ""
         table.add_row(stage.name, stage.about, state)
     return table

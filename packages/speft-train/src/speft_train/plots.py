@@ -46,9 +46,7 @@ def place(name: str) -> tuple[str, str]:
 def density_table(densities: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
     """(layers, modules, density[layer][module]); NaN where a layer has no such module."""
     cells = {place(name): density for name, density in densities.items()}
-    layers = sorted(
-        {layer for layer, _ in cells}, key=lambda text: (text == OUTSIDE, int(text) if text.isdigit() else 0)
-    )
+    layers = sorted({layer for layer, _ in cells}, key=lambda text: (text == OUTSIDE, int(text) if text.isdigit() else 0))
     modules = list(dict.fromkeys(module for _, module in cells))
     return layers, modules, [[cells.get((layer, module), float("nan")) for module in modules] for layer in layers]
 

@@ -71,9 +71,11 @@ class Ranks:
                 box[0] = work()
             except BaseException as error:
                 failure, box[1] = error, f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        if failure is not None:
-            raise failure
+        try:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        finally:
+            if failure is not None:  # also when the others are gone already
+                raise failure
         if box[1] is not None:
             raise PeerError(f"rank 0 stopped: {box[1]}")
         result: T = box[0]

@@ -43,8 +43,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda s: s.half == "fp16" and s.method == "sparse",
-        "train.fp16 cannot train sparse values: they would be cast to float16; set model.dtype and leave train.fp16"
-        " false",
+        "train.fp16 cannot train sparse values: they would be cast to float16; set model.dtype and leave train.fp16 false",
     ),
     (
         lambda s: s.half == "bf16" and s.method == "sparse" and not s.deepspeed,
@@ -65,9 +64,7 @@ RULES: tuple[Rule, ...] = (
         "deepspeed.config: zero_hpz_partition_size is untested with sparse values; remove it",
     ),
     (
-        lambda s: any(
-            s.raw.get("zero_optimization", {}).get(key, {}).get("device") == "nvme" for key in engine.OFFLOADS
-        ),
+        lambda s: any(s.raw.get("zero_optimization", {}).get(key, {}).get("device") == "nvme" for key in engine.OFFLOADS),
         "deepspeed.config: offload to nvme is untested with sparse values; allowed: cpu, none",
     ),
     (

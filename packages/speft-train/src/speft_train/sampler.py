@@ -25,9 +25,7 @@ class GlobalBatches(torch.utils.data.Sampler[int]):
     for file order.
     """
 
-    def __init__(
-        self, size: int, batch: int, seed: int, lengths: Sequence[int] | None = None, shuffle: bool = True
-    ) -> None:
+    def __init__(self, size: int, batch: int, seed: int, lengths: Sequence[int] | None = None, shuffle: bool = True) -> None:
         if size < batch:
             raise UserError(f"the training data must fill one global batch of {batch}; got {size} examples")
         self.size, self.batch, self.seed, self.lengths, self.shuffle = size, batch, seed, lengths, shuffle

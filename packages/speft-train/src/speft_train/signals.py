@@ -1,16 +1,19 @@
 """Ctrl-C and SIGTERM: outside training they end the run at once; while training the step is finished and saved first.
 
-A second signal ends it at once in any case.
+A second Ctrl-C ends it at once. A second SIGTERM does not: a launcher answers Ctrl-C, which the whole process group gets, by
+sending SIGTERM to its ranks, and ends them with SIGKILL when they take too long.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+SAME_KEYSTROKE = 1.0  # seconds in which a second SIGINT is taken for the first, delivered twice
 
 
 class Stopped(Exception):
@@ -27,17 +30,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.deferred = False
+        self._since = 0.0
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.deferred and self.signum is None:
-            self.signum = signum
-            return
-        raise Stopped(signum, "interrupted")
+        if not self.deferred:
+            raise Stopped(signum, "interrupted")
+        if self.signum is None:
+            self.signum, self._since = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self._since > SAME_KEYSTROKE:
+            raise Stopped(signum, "interrupted a second time; the step is not finished and nothing was saved")
 
     @contextmanager
     def deferring(self) -> Iterator[StopRequest]:
-        """Within it the first signal is only noted."""
+        """Within it a signal is only noted."""
         self.deferred = True
         try:
             yield self

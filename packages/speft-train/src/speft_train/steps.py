@@ -22,9 +22,12 @@ SHOWN = ("exact_match", "exact_match_last_number", "loss")
 def load(run: Run) -> Result:
     """Model, tokenizer, data; on the accelerator if there is one."""
     import torch
+    from transformers.utils import logging
 
     from . import data, models
 
+    if not run.shows_progress:
+        logging.disable_progress_bar()
     if run.cfg.model.name.startswith("bundled:"):
         run.ranks.on_main(lambda: str(models.locate(run.cfg.model)))  # rank 0 converts it, the others find it made
     run.model, run.tokenizer = models.load_model(run.cfg)

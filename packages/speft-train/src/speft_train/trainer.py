@@ -27,14 +27,7 @@ class RunTrainer(Trainer):
     global_batch: examples of one optimizer step over all processes. lengths: tokens of each training example.
     """
 
-    def __init__(
-        self,
-        *,
-        ranks: Ranks,
-        global_batch: int,
-        lengths: Sequence[int],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, ranks: Ranks, global_batch: int, lengths: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.ranks = ranks
         args: TrainingArguments = self.args

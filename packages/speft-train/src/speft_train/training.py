@@ -59,8 +59,7 @@ def train(run: Run) -> Result:
         run.ranks.on_main(lambda: run.folder.finish("train", "unfinished", result))
         step = trainer.state.global_step
         raise Stopped(
-            signum,
-            f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it",
+            signum, f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it"
         )
     result["digest"] = _same_on_all_ranks(run)
     return result
@@ -74,8 +73,8 @@ def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
     assert run.attached is not None
     stop = callbacks.StopOnSignal(run.request, run.ranks)
     extra: list[Any] = [stop, callbacks.FiniteLoss()]
-    if run.shows_progress:
-        extra.append(callbacks.Progress())
+    if run.ranks.is_main:
+        extra.append(callbacks.Progress() if run.shows_progress else callbacks.Lines(run.say))
     if training_args.wants_tensorboard(run.cfg) and run.ranks.is_main:
         extra.append(_tensorboard(run.folder.path / "tensorboard"))
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"

@@ -1,0 +1,79 @@
+"""Settings that would be wrong without saying so are refused, each with its reason; their sound neighbours are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from speft_core import UserError
+from speft_train import config, refusals
+
+
+def made(dtype: str = "float32", method: str = "sparse", deepspeed: dict[str, Any] | None = None, **train: Any) -> Any:
+    return config.from_mapping(
+        {
+            "output_dir": "out",
+            "model": {"name": "m", "dtype": dtype},
+            "data": {"train": "d.jsonl"},
+            "adapter": {"method": method, "budget": {"k": 10}},
+            "train": train,
+            "deepspeed": {"enabled": deepspeed is not None, **(deepspeed or {})},
+        }
+    )
+
+
+REFUSED = [
+    (dict(deepspeed={"zero_stage": 3}), "zero_stage: 3 is not supported yet"),
+    (dict(deepspeed={"config": {"zero_optimization": {"stage": 3}}}), "zero_stage: 3 is not supported yet"),
+    (dict(deepspeed={"zero_stage": 0}, dtype="bfloat16", bf16=True), "stage 0 DeepSpeed scales the updates wrongly"),
+    (dict(deepspeed={"zero_stage": 0}, method="lora", bf16=True), "stage 0 DeepSpeed scales the updates wrongly"),
+    (dict(deepspeed={"config": {"bf16": {"enabled": True}}}), "stage 0 DeepSpeed scales the updates wrongly"),
+    (dict(deepspeed={"zero_stage": 2}, fp16=True), "train.fp16 cannot train sparse values"),
+    (dict(bf16=True), "train.bf16 computes float32 weights in bfloat16 anew"),
+    (dict(deepspeed={"zero_stage": 2}, bf16=True), "casts the base weights to bfloat16 for good"),
+    (dict(save_only_model=True), "from which no run can resume"),
+    (dict(bf16_full_eval=True), "cast the base weights for good"),
+    (
+        dict(deepspeed={"zero_stage": 2, "config": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}),
+        "offload to nvme is untested",
+    ),
+    (dict(deepspeed={"config": {"zero_optimization": {"zero_hpz_partition_size": 2}}}), "zero_hpz_partition_size"),
+    (dict(deepspeed={"config": {"optimizer": {"type": "AdamW"}}}, optim="adamw_torch"), "name two optimizers"),
+]
+ALLOWED = [
+    dict(),
+    dict(dtype="bfloat16"),
+    dict(method="lora", bf16=True),
+    dict(method="full", bf16=True),
+    *(dict(deepspeed={"zero_stage": stage}) for stage in (0, 1, 2)),
+    *(dict(deepspeed={"zero_stage": stage}, dtype="bfloat16") for stage in (0, 1, 2)),
+    dict(deepspeed={"zero_stage": 2}, dtype="bfloat16", bf16=True),
+    dict(deepspeed={"zero_stage": 2}, method="full", bf16=True),
+    dict(deepspeed={"zero_stage": 2, "offload_optimizer": "cpu"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), REFUSED)
+def test_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        refusals.check(made(**settings))
+
+
+@pytest.mark.parametrize("settings", ALLOWED)
+def test_allowed(settings: dict[str, Any]) -> None:
+    refusals.check(made(**settings))
+
+
+def test_all_reasons_come_at_once_in_one_line() -> None:
+    with pytest.raises(UserError) as error:
+        refusals.check(made(bf16=True, save_only_model=True))
+    assert "train.bf16" in str(error.value) and "save_only_model" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_dtype_of_the_loaded_model_counts() -> None:
+    cfg = made(dtype="auto", deepspeed={"zero_stage": 2}, bf16=True)
+    refusals.check(cfg, "bfloat16")
+    with pytest.raises(UserError, match="for good"):
+        refusals.check(cfg, "float32")
