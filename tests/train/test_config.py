@@ -69,8 +69,7 @@ def test_qwen2_is_the_row_of_the_paper() -> None:
 def test_overrides_come_last_and_keep_their_types(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL)
     cfg = load_config(
-        path,
-        ["seed=3", "train.learning_rate=1e-3", "adapter.targets=[q_proj, v_proj]", "data.columns.question=q", "seed=4"],
+        path, ["seed=3", "train.learning_rate=1e-3", "adapter.targets=[q_proj, v_proj]", "data.columns.question=q", "seed=4"]
     )
     assert cfg.seed == 4
     assert cfg.train["learning_rate"] == 1e-3
@@ -225,9 +224,7 @@ def test_defaults_keep_their_own_rules() -> None:
 LEAVES = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5)
 KEYS = sorted({part for key, _, _ in key_table() for part in key.split(".")})
 TREES = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
-    max_leaves=8,
+    LEAVES, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3), max_leaves=8
 )
 
 
@@ -257,7 +254,11 @@ def test_batch_plan(train: dict[str, Any], world: int, expected: tuple[int, int]
 
 @pytest.mark.parametrize(
     ("train", "world"),
-    [({"global_batch_size": 10}, 4), ({"global_batch_size": 2}, 4), ({"global_batch_size": 12, "per_device_train_batch_size": 8}, 1)],
+    [
+        ({"global_batch_size": 10}, 4),
+        ({"global_batch_size": 2}, 4),
+        ({"global_batch_size": 12, "per_device_train_batch_size": 8}, 1),
+    ],
 )
 def test_a_global_batch_that_cannot_be_shared(train: dict[str, Any], world: int) -> None:
     cfg = dataclasses.replace(load_config(CONFIGS / "quickstart.yaml"), train=train)

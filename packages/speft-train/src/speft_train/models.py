@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from speft_core.errors import UserError, nearest
 
@@ -56,9 +57,7 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
-            raise UserError(
-                f"model {cfg.model.name}: its tokenizer needs a padding, end-of-text or unknown token; it has none"
-            )
+            raise UserError(f"model {cfg.model.name}: its tokenizer needs a padding, end-of-text or unknown token; it has none")
         tokenizer.pad_token = substitute
     return tokenizer
 
@@ -92,7 +91,7 @@ def meta_model(cfg: RunConfig) -> PreTrainedModel:
     config = load_model_config(cfg, known=True)
     auto = getattr(transformers, TASKS[cfg.model.task])
     with torch.device("meta"), _one_line_errors(cfg.model):
-        model = auto.from_config(config, dtype=_dtype(cfg.model))
+        model = auto.from_config(config, dtype=DTYPES.get(cfg.model.dtype, config.dtype))
     model.tie_weights()
     return model
 
@@ -130,13 +129,10 @@ def _check_task(cfg: ModelConfig, config: PretrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     kind = config.model_type
-    encoder = (
-        kind in MASKED and not getattr(config, "is_decoder", False) and "CausalLM" not in str(config.architectures)
-    )
+    encoder = kind in MASKED and not getattr(config, "is_decoder", False) and "CausalLM" not in str(config.architectures)
     if cfg.task == "causal_lm" and (kind not in CAUSAL or encoder):
         raise UserError(
-            f"model.task causal_lm needs a decoder; {cfg.name} is of type {kind}:"
-            " use model.task=sequence_classification"
+            f"model.task causal_lm needs a decoder; {cfg.name} is of type {kind}: use model.task=sequence_classification"
         )
 
 
@@ -147,6 +143,8 @@ def _one_line_errors(cfg: ModelConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except SafetensorError as error:
+        raise UserError(f"model {cfg.name} cannot be loaded: a weight file is damaged: {error}") from None
     except (OSError, ValueError, ImportError, KeyError) as error:
         text = str(error)
         reasons = (
