@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,16 +12,23 @@ from torch import nn
 from ..errors import UserError, nearest
 from ..mask import Budget, SparsityMask, budget_record
 from ..random_mask import bernoulli_indices, random_indices, split_evenly
-from ..select import SCOPES, select
+from ..select import SCOPES, LazyScores
+from ..structured import Structure, matrix_shape
 from ..targets import Targets, base_parameters, parameter_shape, resolve_targets
-from .gradients import Batch, LossFn, mean_gradient
-from .metrics import METRICS
+from .accumulate import wide_dtype
+from .calibration import Batch, Calibration, LossFn
+from .choose import Bound, Chooser
+from .memory import plan_groups
+from .metrics import Metric, Score, as_metric
+from .passes import Pass
+
+AnyMetric = str | Metric | Score | Mapping[str, torch.Tensor]
 
 
 def find_mask(
     model: nn.Module,
     batches: Iterable[Batch] = (),
-    metric: str = "gradient",
+    metric: AnyMetric = "gradient",
     budget: Budget | None = None,
     targets: Targets = "all-linear",
     scope: str = "global",
@@ -29,35 +36,83 @@ def find_mask(
     seed: int = 0,
     memory_limit: int | None = None,
     random_mode: str = "exact",
+    *,
+    structure: str = "entries",
+    min_per_layer: Bound = None,
+    max_per_layer: Bound = None,
+    options: Mapping[str, Any] | None = None,
 ) -> SparsityMask:
     """Choose exactly the budget's k scalars of `targets`: those with the largest saliency.
 
     batches: calibration batches, each a mapping that `model(**batch)` accepts with labels; not read by data-free metrics.
-    metric: a name of METRICS, or "random" (keyed by `seed` and tensor name; `random_mode` "exact" draws k in proportion to the
-    tensors' sizes, "bernoulli" tosses a coin for each scalar, so that k holds only on average). scope: "global" compares scores
-    across all targets, "local" gives each the same density. loss_fn(model, batch) replaces the model's own loss.
+    metric: a name of METRICS, a function of (weight, mean gradient), a Metric, or ready scores (name -> tensor). "random" is
+    keyed by `seed` and tensor name; `random_mode` "exact" draws k in proportion to the tensors' sizes, "bernoulli" tosses a
+    coin for each scalar, so that k holds only on average. scope: "global" compares scores across all targets, "local" gives
+    each the same density. loss_fn(model, batch) replaces the model's own loss. memory_limit: bytes for accumulators on the
+    model's device; beyond it they go to host memory, then to several passes. It changes no bit of the mask (GRaSP's
+    `hessian="auto"` aside). structure: "entries", "rows", "columns", "blocks:B" or "N:M" (see structured.py).
+    min_per_layer, max_per_layer: bounds on the entries of each target, a count, or a share of the target when a float.
+    options: of the metric, such as {"sign": 1} for grasp.
 
-    UserError for an unknown metric or scope, targets that match nothing, a budget larger than the targets, no batches for a
-    metric that needs them, or scores that are not finite.
+    The model may have a tuner attached: it is then scored as it has become. UserError for an unknown metric, scope, structure
+    or option, targets that match nothing, a budget larger than the targets, no batches for a metric that needs them, or
+    scores that are not finite.
     """
-    budget = budget or Budget(density=0.005, of="targets")
+    budget, row, form = budget or Budget(density=0.005, of="targets"), as_metric(metric), Structure.parse(structure)
     if scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     names = resolve_targets(model, targets)
-    shapes = {n: parameter_shape(p) for n, p in base_parameters(model).items() if n in set(names)}
+    parameters = base_parameters(model)
+    shapes = {n: parameter_shape(parameters[n]) for n in names}
     k = budget.resolve(model, names)
-    made: dict[str, Any] = {"metric": metric, "scope": scope, "seed": seed, "budget": budget_record(budget)}
+    made: dict[str, Any] = {"metric": row.name, "scope": scope, "seed": seed, "budget": budget_record(budget)}
     made["targets"] = [targets] if isinstance(targets, str) else list(targets)
-    if metric == "random":
+    bounds = {"structure": structure if form else None, "min_per_layer": min_per_layer, "max_per_layer": max_per_layer}
+    made |= {key: value for key, value in bounds.items() if value is not None}
+    if row.name == "random":
+        if form or min_per_layer is not None or max_per_layer is not None:
+            raise UserError("the random metric takes no structure, min_per_layer or max_per_layer")
         indices, made["random"] = _random(shapes, k, seed, random_mode)
         return SparsityMask(indices, shapes, made)
-    scores = saliency_scores(model, batches, metric=metric, targets=targets, loss_fn=loss_fn)
-    return SparsityMask(select(scores, k, scope), shapes, made)
+    for name, shape in shapes.items() if form else ():
+        matrix_shape(name, shape)
+    sizes = {n: math.prod(s) for n, s in shapes.items()}
+    floors, caps = _bounds("min_per_layer", min_per_layer, sizes), _bounds("max_per_layer", max_per_layer, sizes)
+    chooser = Chooser(sizes, shapes, k, scope, floors, caps, form)
+    groups = plan_groups(model, names, memory_limit)
+    calibration = Calibration(model, batches, loss_fn)
+    if len(groups) > 1:
+        calibration.keep()
+    run = Pass(model, calibration, names, {n: d for group in groups for n, d in group.items()}, _options(row, options))
+    for group in groups:
+        statistics = row.source.compute(run, list(group))
+        rank = row.rank if row.rank and not form else row.score
+        chooser.add({n: _lazy(rank, parameters[n], statistics[n]) for n in group})
+        del statistics
+    if row.source.reads_batches:
+        made["examples"] = calibration.examples
+    return SparsityMask(chooser.result(), shapes, made | run.notes)
 
 
-def _random(
-    shapes: dict[str, tuple[int, ...]], k: int, seed: int, mode: str
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _options(row: Metric, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    for key in options or {}:
+        if key not in row.source.options:
+            allowed = ", ".join(row.source.options) or "none"
+            raise UserError(f"options of {row.name} are {allowed}, got {key!r}.{nearest(key, row.source.options)}")
+    return options or {}
+
+
+def _bounds(what: str, bound: Bound, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Entries per target: a count as it is, a float as a share of each target."""
+    if bound is None:
+        return {}
+    is_share = isinstance(bound, float)
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound < 0 or (is_share and bound > 1):
+        raise UserError(f"{what} must be a whole number of at least 0, or a share in [0.0, 1.0], got {bound!r}")
+    return {n: round(bound * size) if is_share else int(bound) for n, size in sizes.items()}
+
+
+def _random(shapes: dict[str, tuple[int, ...]], k: int, seed: int, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     numels = {n: math.prod(s) for n, s in shapes.items()}
     if mode == "exact":
         shares = split_evenly(k, numels)
@@ -69,27 +124,48 @@ def _random(
     raise UserError(f"random_mode must be exact or bernoulli, got {mode!r}")
 
 
+def _lazy(score: Score, parameter: nn.Parameter, statistic: torch.Tensor) -> LazyScores:
+    """Scores of one parameter, made for a stretch of flat indices at a time."""
+    weight, dtype = parameter.detach().reshape(-1), wide_dtype(parameter.dtype)
+    part_of = _flat_part(statistic, tuple(parameter.shape))
+
+    def at(start: int, stop: int) -> torch.Tensor:
+        weight_N, part_N = weight[start:stop].to(dtype), part_of(start, stop)
+        # Where the accumulator is in host memory, the weights' part goes there: a sum of scores is not moved about.
+        return score(weight_N.to(part_N.device) if part_N.numel() else weight_N, part_N)
+
+    return LazyScores(weight.numel(), at)
+
+
+def _flat_part(statistic: torch.Tensor, shape: tuple[int, ...]) -> Callable[[int, int], torch.Tensor]:
+    """Flat parts of a statistic that has the parameter's shape, broadcasts against it as a matrix, or is empty."""
+    if statistic.numel() == 0:
+        return lambda start, stop: statistic
+    flat = statistic.reshape(-1)
+    if tuple(statistic.shape) == shape:
+        return lambda start, stop: flat[start:stop]
+
+    def broadcast(start: int, stop: int) -> torch.Tensor:
+        position = torch.arange(start, stop, device=flat.device)
+        return flat[position % shape[-1] if statistic.shape[0] == 1 else position // shape[-1]]
+
+    return broadcast
+
+
 def saliency_scores(
     model: nn.Module,
     batches: Iterable[Batch] = (),
-    metric: str = "gradient",
+    metric: AnyMetric = "gradient",
     targets: Targets = "all-linear",
     loss_fn: LossFn | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Dense scores of `targets`: name -> tensor in the parameter's shape, at least fp32, the largest kept.
 
     For small models, plots and oracles: it holds one number per scalar. UserError as in find_mask.
     """
-    if metric not in METRICS:
-        allowed = [*METRICS, "random"]
-        raise UserError(f"metric must be one of {', '.join(allowed)}, got {metric!r}.{nearest(metric, allowed)}")
-    names = resolve_targets(model, targets)
-    row, parameters = METRICS[metric], base_parameters(model)
-    if not row.needs_gradient:
-        return {n: row.score(_wide(parameters[n]), torch.empty(0)) for n in names}
-    gradients = mean_gradient(model, batches, names, loss_fn)
-    return {n: row.score(_wide(parameters[n]), gradients.pop(n)) for n in names}
-
-
-def _wide(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    row, names, parameters = as_metric(metric), resolve_targets(model, targets), base_parameters(model)
+    run = Pass(model, Calibration(model, batches, loss_fn), names, options=_options(row, options))
+    statistics = row.source.compute(run, names)
+    lazy = {n: _lazy(row.score, parameters[n], statistics[n]) for n in names}
+    return {n: s.at(0, s.numel).reshape(parameters[n].shape).clone() for n, s in lazy.items()}

@@ -1,0 +1,270 @@
+"""Sums over a calibration set of something made from each parameter's gradient, without a weight ever requiring grad.
+
+Linear weights get a backward that adds to an accumulator (fp32, or float64) what a rule makes of grad_y and x: their product
+(the gradient), or a function of each example's product. All other parameters get a tap (ops/functions.py) whose dense
+gradient is added and freed. So nothing but the accumulators outlives a layer's backward. An accumulator may live in host
+memory: products are formed where the model is, then added, so that the bits do not depend on where it lives.
+
+Shape suffixes: B examples, T tokens (of an example, or all), O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..errors import UserError
+from ..ops.functions import Tap
+from ..slots import AttachedForward
+from ..targets import base_parameters, owners_of, parameter_shape
+
+TILE_ELEMENTS = 1 << 20  # elements of a product formed at a time: 4 MB of fp32
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Accumulator:
+    """The running sum of one parameter, fp32 (float64 for float64 weights), in the parameter's shape, on `device`."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, device: torch.device | str | None = None) -> None:
+        self.name = name
+        shape, dtype = parameter_shape(parameter), wide_dtype(parameter.dtype)
+        self.sum = torch.zeros(shape, dtype=dtype, device=device or parameter.device)
+
+    def add(self, term: torch.Tensor, start: int = 0) -> None:
+        """Add `term` to the rows from `start` on; in the accumulator's dtype and one plain addition an entry."""
+        part = self.sum[start : start + term.shape[0]] if self.sum.dim() else self.sum
+        part.add_(term.to(part.dtype).to(part.device))
+
+
+@dataclass
+class Examples:
+    """What the present batch says of its examples: their number, tokens each, and the share of each in the batch's loss."""
+
+    count: int = 0
+    length: int | None = None
+    share_B: torch.Tensor | None = None
+
+    def split(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`x` as [B, T, features]: it may come as [B, ..., features] or flattened to [B · T, features]."""
+        if x.dim() >= 2 and x.shape[0] == self.count:
+            return x.reshape(self.count, -1, x.shape[-1])
+        if x.dim() == 2 and self.length and x.shape[0] == self.count * self.length:
+            return x.reshape(self.count, self.length, x.shape[-1])
+        raise UserError(
+            f"per-example scores of {name} need inputs that start with the {self.count} examples, got {tuple(x.shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is summed. `of_example` is applied to each example's gradient; None sums the plain gradient over the batch."""
+
+    of_example: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def product(self, total: Accumulator, left: torch.Tensor, right: torch.Tensor, examples: Examples) -> None:
+        """Add leftᵀ right, in the accumulator's dtype: grad_y and x for a weight [O, I] (for Conv1D the other way round).
+
+        Per example, grad_y must be scaled already.
+        """
+        dtype = total.sum.dtype
+        if self.of_example is None:
+            left_TO, right_TI = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1]).to(dtype)
+            step = max(1, TILE_ELEMENTS // max(1, right_TI.shape[1]))
+            for start in range(0, left_TO.shape[1], step):
+                total.add(left_TO[:, start : start + step].to(dtype).T @ right_TI, start)
+            return
+        left_BTO, right_BTI = examples.split(left, total.name), examples.split(right, total.name).to(dtype)
+        step = max(1, TILE_ELEMENTS // max(1, right_BTI.shape[0] * right_BTI.shape[2]))
+        for start in range(0, left_BTO.shape[2], step):
+            product_BOI = left_BTO[:, :, start : start + step].to(dtype).transpose(1, 2) @ right_BTI
+            total.add(self.of_example(product_BOI).sum(0), start)
+
+    def bias(self, sum_O: Accumulator, grad_y: torch.Tensor, examples: Examples) -> None:
+        """Add for a bias [O] that is added to every row of y."""
+        if self.of_example is None:
+            sum_O.add(grad_y.reshape(-1, grad_y.shape[-1]).to(sum_O.sum.dtype).sum(0))
+        else:
+            sum_O.add(self.of_example(self.scaled(sum_O, grad_y, examples).sum(1)).sum(0))
+
+    def dense(self, total: Accumulator, grad: torch.Tensor, examples: Examples) -> None:
+        """Add for a parameter of which only the whole batch's gradient is known; per example, the batch must be one."""
+        if self.of_example is None:
+            total.add(grad)
+            return
+        assert examples.count == 1, "dense gradients mix the examples of a batch"
+        share = 1.0 if examples.share_B is None else float(examples.share_B[0])
+        total.add(self.of_example(grad.to(total.sum.dtype) * (1.0 / share if share else 0.0)))
+
+    def scaled(self, total: Accumulator, grad_y: torch.Tensor, examples: Examples) -> torch.Tensor:
+        """grad_y of each example's own loss instead of its share of the batch's, [B, T, O]; unchanged for plain sums."""
+        if self.of_example is None:
+            return grad_y
+        grad_BTO = examples.split(grad_y, total.name).to(total.sum.dtype)
+        if examples.share_B is None:
+            return grad_BTO
+        share_B = examples.share_B.to(grad_BTO)
+        return grad_BTO * torch.where(share_B > 0, 1.0 / share_B, 0.0)[:, None, None]
+
+
+class _AccumulatingLinear(torch.autograd.Function):
+    """y = x Wᵀ + b (Conv1D: x W + b), whose backward adds to the scorer's accumulators. `anchor` makes backward come by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, anchor: torch.Tensor | None, scorer: _Scorer
+    ) -> torch.Tensor:
+        ctx.scorer = scorer
+        ctx.save_for_backward(weight, x if "weight" in scorer.sums else None)
+        if not scorer.transposed:
+            return functional.linear(x, weight, bias)
+        assert bias is not None
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_y,) = grads
+        weight, x = ctx.saved_tensors
+        ctx.scorer.add(grad_y, x)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return grad_y @ (weight.T if ctx.scorer.transposed else weight), None, None, None, None
+
+
+class _Scorer:
+    """Replaces a module's forward during the pass. `sums`: parameter attribute -> accumulator, maybe none."""
+
+    def __init__(self, module: nn.Module, sums: Mapping[str, Accumulator], rule: Rule, examples: Examples) -> None:
+        self.module, self.sums, self.rule, self.examples = module, sums, rule, examples
+        self.had_own = module.__dict__.get("forward")
+        self.original: Callable[..., Any] = module.forward
+        self.transposed = is_conv1d(module)
+        self.is_fast = self.had_own is None and (type(module) is nn.Linear or self.transposed)
+
+    def add(self, grad_y: torch.Tensor, x: torch.Tensor | None) -> None:
+        """Called by backward with the gradient of the module's output and, where the weight is scored, its input."""
+        if x is not None:
+            total = self.sums["weight"]
+            grad = self.rule.scaled(total, grad_y, self.examples)
+            left, right = (x, grad) if self.transposed else (grad, x)
+            self.rule.product(total, left, right, self.examples)
+        if "bias" in self.sums:
+            self.rule.bias(self.sums["bias"], grad_y, self.examples)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        if self.is_fast and len(args) == 1 and not kwargs and not torch.is_autocast_enabled(args[0].device.type):
+            weight, bias = self.module._parameters["weight"], self.module._parameters.get("bias")
+            assert weight is not None
+            return _AccumulatingLinear.apply(args[0], weight, bias, _anchor(weight) if self.sums else None, self)
+        taps = {}
+        for attribute, total in self.sums.items():
+            parameter = self.module._parameters[attribute]
+            assert parameter is not None
+            taps[attribute] = Tap.apply(parameter, _anchor(parameter), self._discarding(total))
+        try:
+            self.module.__dict__.update(taps)
+            return self.original(*args, **kwargs)
+        finally:
+            for attribute in taps:
+                self.module.__dict__.pop(attribute, None)
+
+    def _discarding(self, total: Accumulator) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(grad: torch.Tensor) -> torch.Tensor:
+            self.rule.dense(total, grad, self.examples)
+            return grad.new_zeros(0)
+
+        return add
+
+    def remove(self) -> None:
+        """Give the forward back."""
+        if self.had_own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.forward = self.had_own
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's linear layer (transformers.pytorch_utils.Conv1D), which keeps its weight as [I, O]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_batched(model: nn.Module, names: Sequence[str]) -> dict[str, bool]:
+    """Which parameters allow scores per example from one batch: weights and biases of plain Linear and Conv1D modules."""
+    parameters, owners = base_parameters(model), owners_of(model)
+    found = {}
+    for name in names:
+        scorers = [_Scorer(m, {}, Rule(), Examples()) for m, _ in owners[id(parameters[name])]]
+        found[name] = len(scorers) == 1 and scorers[0].is_fast  # a tied weight's two gradients add up before the rule
+    return found
+
+
+def _anchor(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(0, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad while open and dropout is off; an attached tuner's forwards are out of the way.
+
+    The weights then hold base + values, so what is scored is the model as it has become.
+    """
+    tuner = getattr(model, "_speft_tuner", None)
+    if tuner is not None:
+        tuner.sync()
+    required = {p: p.requires_grad for p in model.parameters()}
+    training = {m: m.training for m in model.modules()}
+    attached = {m: f for m in model.modules() if isinstance(f := m.__dict__.get("forward"), AttachedForward)}
+    try:
+        for forward in attached.values():
+            forward.remove()
+        model.eval()
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for forward in attached.values():
+            forward.install()
+        for parameter, wanted in required.items():
+            parameter.requires_grad_(wanted)
+        for module, was in training.items():
+            module.training = was
+
+
+@contextmanager
+def accumulating(
+    model: nn.Module, sums: Mapping[str, Accumulator], rule: Rule, all_names: Sequence[str] = ()
+) -> Iterator[Examples]:
+    """While open, every backward through `model` adds to the accumulators, name -> Accumulator, by the `rule`.
+
+    all_names: targets that belong to the same scores but have no accumulator in this pass; their modules compute just as in
+    a pass where they have one, so that splitting targets over passes changes no bit. Yields the Examples to fill in for
+    each batch when the rule looks at single examples.
+    """
+    parameters, owners = base_parameters(model), owners_of(model)
+    by_module: dict[nn.Module, dict[str, Accumulator]] = {}
+    for name in dict.fromkeys((*all_names, *sums)):
+        for module, attribute in owners[id(parameters[name])]:
+            attributes = by_module.setdefault(module, {})
+            if name in sums:
+                attributes[attribute] = sums[name]
+    examples = Examples()
+    scorers = [_Scorer(module, attributes, rule, examples) for module, attributes in by_module.items()]
+    try:
+        for scorer in scorers:
+            scorer.module.forward = scorer  # type: ignore[method-assign]
+        yield examples
+    finally:
+        for scorer in scorers:
+            if scorer.module.__dict__.get("forward") is scorer:
+                scorer.remove()

@@ -1,0 +1,100 @@
+"""The calibration set: its batches, its loss, and how much each batch and example counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+Batch = Mapping[str, Any]
+LossFn = Callable[[nn.Module, Batch], torch.Tensor]
+
+# Values of `model.loss_type` (Transformers) whose labels are not shifted by one position against the logits.
+UNSHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")
+IGNORED = -100
+
+
+def model_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The default loss: what the model returns as `.loss` (or `["loss"]`) for a batch with labels."""
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise UserError("the model returned no loss; give batches with labels, or a loss_fn(model, batch)")
+    return loss
+
+
+def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
+    return (v for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
+
+
+def batch_size(batch: Batch) -> int:
+    """Examples in a batch: the first dimension of its first tensor."""
+    first = next(_tensors(batch), None) if isinstance(batch, Mapping) else None
+    if first is None:
+        raise UserError("a calibration batch must hold at least one tensor whose first dimension counts the examples")
+    return first.shape[0]
+
+
+def sequence_length(batch: Batch) -> int | None:
+    """Tokens of an example, padding included; None without a tensor of two dimensions."""
+    return next((t.shape[1] for t in _tensors(batch) if t.dim() >= 2), None)
+
+
+def shares_of_examples(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """What share of the batch's mean loss each example holds, [B].
+
+    Token labels [B, T]: the loss is the mean over labelled tokens, so an example counts by its labelled tokens (from the
+    second on where the model predicts the next token). All other labels: the mean over examples.
+    """
+    count, labels = batch_size(batch), batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        unshifted = getattr(model, "loss_type", None) in UNSHIFTED
+        tokens_B = (labels[:, 0 if unshifted else 1 :] != IGNORED).sum(1).to(torch.float64)
+        return tokens_B / tokens_B.sum().clamp(min=1)
+    return torch.full((count,), 1.0 / count, dtype=torch.float64)
+
+
+class Calibration:
+    """Batches that can be gone over several times, with a loss.
+
+    A list or tuple is used as it is. Any other iterable is read once and let go when one pass is all that is needed; for
+    several passes it is kept (token ids are small), so that a shuffling loader gives each of them the same examples.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
+        if isinstance(batches, Mapping):
+            raise UserError("batches must be a list (or other iterable) of batches, got one batch; put it in a list")
+        self.model, self.loss_fn = model, loss_fn or model_loss
+        self._batches = batches
+        self.examples = 0  #: examples in the calibration set, known after the first pass
+
+    def keep(self) -> None:
+        """Make several passes possible."""
+        if not isinstance(self._batches, Sequence):
+            self._batches = list(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch, int]]:
+        """(number, batch on the model's device, examples). UserError when there is none."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        number, seen = -1, 0
+        for number, batch in enumerate(self._batches):
+            size = batch_size(batch)
+            seen += size
+            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            yield number, moved, size
+        if number < 0:
+            raise UserError("a data-driven metric needs at least one calibration batch, got none")
+        self.examples = seen
+
+    def loss(self, number: int, batch: Batch) -> torch.Tensor:
+        """The loss of one batch; UserError when it is not finite or cannot be differentiated."""
+        loss = self.loss_fn(self.model, batch)
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise UserError(f"the calibration loss must be finite, batch {number} gives {loss.detach().mean().item()}")
+        if not loss.requires_grad:
+            raise UserError("the calibration loss does not depend on the targets; are they used in the model's forward?")
+        return loss

@@ -1,0 +1,55 @@
+"""Which accumulators go where, and in how many passes, so that a limit on memory holds."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..targets import base_parameters, parameter_shape
+from .accumulate import wide_dtype
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that could be had now; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def plan_groups(model: nn.Module, names: Sequence[str], memory_limit: int | None) -> list[dict[str, str]]:
+    """Groups of targets, each for one pass over the calibration set: name -> device of its accumulator.
+
+    memory_limit: bytes that accumulators may take on the model's device (None: no limit). On an accelerator what is beyond
+    goes to host memory, half of what is free there; what is beyond that, and on a CPU whatever is beyond the limit, takes
+    further passes. A group holds at least one target, in model order.
+    """
+    parameters = base_parameters(model)
+    sizes = {
+        n: math.prod(parameter_shape(parameters[n])) * torch.empty(0, dtype=wide_dtype(parameters[n].dtype)).element_size()
+        for n in names
+    }
+    if memory_limit is None:
+        return [{n: str(parameters[n].device) for n in names}]
+    host_limit = free_host_memory() // 2 if any(parameters[n].device.type not in ("cpu", "meta") for n in names) else 0
+    groups: list[dict[str, str]] = []
+    left = host_left = -1
+    for name in names:
+        on_device = sizes[name] <= left
+        if not on_device and sizes[name] > host_left:
+            groups.append({})
+            left, host_left, on_device = memory_limit, host_limit, memory_limit >= sizes[name] or host_limit < sizes[name]
+        groups[-1][name] = str(parameters[name].device) if on_device else "cpu"
+        if on_device:
+            left -= sizes[name]
+        else:
+            host_left -= sizes[name]
+    return groups

@@ -1,0 +1,153 @@
+"""The passes over the calibration set, one function per statistic: name -> tensor, in the parameter's shape.
+
+A pass gets the names of one group of targets and fills their accumulators, wherever the plan of memory.py put them.
+
+Shape suffixes: B examples, T tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..targets import base_parameters, owners_of
+from .accumulate import Accumulator, Examples, Rule, accumulating, frozen, is_batched, is_conv1d, wide_dtype
+from .calibration import Batch, Calibration, batch_size, sequence_length, shares_of_examples
+
+Statistics = dict[str, torch.Tensor]
+
+
+@dataclass
+class Pass:
+    """What a statistic is computed from. `where`: name -> device of the accumulator (the parameter's own when missing)."""
+
+    model: nn.Module
+    calibration: Calibration
+    all_names: Sequence[str]
+    where: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  #: what the mask should remember of how it was computed
+    kept: dict[str, Any] = field(default_factory=dict)  #: what a later group's pass can use again
+
+    def accumulators(self, names: Sequence[str]) -> dict[str, Accumulator]:
+        """Fresh accumulators of `names`, at zero."""
+        parameters = base_parameters(self.model)
+        return {n: Accumulator(n, parameters[n], self.where.get(n)) for n in names}
+
+
+def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
+    """g: the mean over examples of the signed gradient (SPEFT, section 3).
+
+    Each batch counts by its number of examples, so that a short last batch weighs less. Dropout is off meanwhile.
+    """
+    sums, total = run.accumulators(names), 0.0
+    first = 0
+    with frozen(run.model), accumulating(run.model, sums, Rule(), run.all_names), torch.enable_grad():
+        for number, batch, size in run.calibration:
+            first = first or size
+            loss = run.calibration.loss(number, batch).mean()
+            (loss * (size / first)).backward()  # the product is exact for all batches as large as the first
+            total += size / first
+    return {n: s.sum.div_(total) for n, s in sums.items()}
+
+
+def _per_example(run: Pass, names: Sequence[str], rule: Rule) -> tuple[Statistics, int]:
+    """Sums over examples of a function of each example's gradient: (name -> sum, examples).
+
+    Weights and biases of linear layers get all examples of a batch at once, by batched products in tiles. Other
+    parameters only know the whole batch's gradient, so they take a second round in which each example is a batch.
+    """
+    sums = run.accumulators(names)
+    with frozen(run.model):
+        batched = is_batched(run.model, names)
+    rounds = [{n: s for n, s in sums.items() if batched[n]}, {n: s for n, s in sums.items() if not batched[n]}]
+    if all(rounds):
+        run.calibration.keep()
+    for number_of_round, part in enumerate(rounds):
+        if part:
+            with frozen(run.model), accumulating(run.model, part, rule, run.all_names) as examples, torch.enable_grad():
+                for number, batch, _ in run.calibration:
+                    for piece in [batch] if number_of_round == 0 else _single_examples(batch):
+                        _backward_examples(run, number, piece, examples)
+    return {n: s.sum for n, s in sums.items()}, run.calibration.examples
+
+
+def _single_examples(batch: Batch) -> list[Batch]:
+    count = batch_size(batch)
+
+    def part(value: Any, number: int) -> Any:
+        is_per_example = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == count
+        return value[number : number + 1] if is_per_example else value
+
+    return [{k: part(v, number) for k, v in batch.items()} for number in range(count)]
+
+
+def _backward_examples(run: Pass, number: int, batch: Batch, examples: Examples) -> None:
+    examples.count, examples.length = batch_size(batch), sequence_length(batch)
+    examples.share_B = shares_of_examples(run.model, batch)
+    if not bool((examples.share_B > 0).any()):
+        return  # no labelled token
+    loss = run.calibration.loss(number, batch)
+    if loss.dim() == 1 and loss.numel() == examples.count:  # the loss function gave each example's own loss
+        examples.share_B, loss = None, loss.sum()
+    loss.sum().backward()
+
+
+def squared_gradient(run: Pass, names: Sequence[str]) -> Statistics:
+    """Σ over examples of (∂ℓ/∂θ)², ℓ an example's own mean loss: the diagonal of the empirical Fisher information."""
+    return _per_example(run, names, Rule(torch.square))[0]
+
+
+def absolute_gradient(run: Pass, names: Sequence[str]) -> Statistics:
+    """The mean over examples of |∂ℓ/∂θ|, ℓ an example's own mean loss."""
+    sums, examples = _per_example(run, names, Rule(torch.abs))
+    return {n: s.div_(examples) for n, s in sums.items()}
+
+
+def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
+    """‖x_i‖₂ over all tokens that the attention mask lets through, of each input i of a linear weight.
+
+    In a shape that broadcasts against the weight: [1, I], for Conv1D [I, 1]. UserError for targets that are not weights of linear layers.
+    """
+    parameters, owners = base_parameters(run.model), owners_of(run.model)
+    squares: Statistics = {}
+    hooks: list[Any] = []
+    current: dict[str, torch.Tensor | None] = {"mask": None}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).to(squares[name].dtype)
+            mask = current["mask"]
+            if mask is not None and mask.numel() == x_TI.shape[0]:
+                x_TI = x_TI * mask.reshape(-1, 1).to(x_TI.dtype)
+            squares[name] += x_TI.square().sum(0).reshape(squares[name].shape)
+
+        return hook
+
+    for name in names:
+        weight = parameters[name]
+        for module, attribute in owners[id(weight)]:
+            if attribute != "weight" or not (isinstance(module, nn.Linear) or is_conv1d(module)):
+                if isinstance(module, nn.Embedding) and len(owners[id(weight)]) > 1:
+                    continue  # a head tied to the embeddings: its inputs are the head's
+                raise UserError(
+                    f"wanda scores the weights of linear layers by their inputs, {name} is none; choose other targets"
+                )
+            transposed = is_conv1d(module)
+            shape = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
+            squares.setdefault(name, torch.zeros(shape, dtype=wide_dtype(weight.dtype), device=weight.device))
+            hooks.append(module.register_forward_pre_hook(watch(name)))
+    try:
+        with frozen(run.model), torch.no_grad():
+            for _, batch, _ in run.calibration:
+                current["mask"] = batch.get("attention_mask")
+                run.calibration.loss_fn(run.model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {n: s.sqrt_() for n, s in squares.items()}
