@@ -6,6 +6,7 @@ import pytest
 import torch
 from speft_core.errors import UserError
 from speft_core.ops.functions import SparseLinear
+from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import PLANS, plan_named
 from speft_core.ops.reference import weight_gradient_entries
@@ -47,6 +48,11 @@ def case(shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, to
     return x, weight, grad_y, indices_K.to(torch.int32)
 
 
+def whole(x_TI: torch.Tensor) -> Inputs:
+    """All columns of the input, as they are."""
+    return Inputs([(x_TI, x_TI.dtype)])
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over the norm of what is expected."""
     if not expected.numel() or not expected.norm():
@@ -60,9 +66,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_each_plan_gives_the_oracles_entries(plan: str, shape: str, dtype: torch.dtype) -> None:
     x, weight, grad_y, indices_K = case(shape, dtype)
     layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
-    row, _ = plan_named(plan, layout)
+    row = PLANS[plan] if plan in PLANS else plan_named(plan, layout, weight)[0]
     x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-    found_K = row.entries(row.keep(x_TI, layout), grad_TO, layout)
+    found_K = row.entries(whole(x_TI), grad_TO, layout)
     expected_K = weight_gradient_entries(x.double(), grad_y.double(), indices_K)
     assert found_K.shape == (indices_K.numel(),)
     assert found_K.dtype == torch.promote_types(dtype, torch.float32)
@@ -78,10 +84,10 @@ def test_gradients_that_are_strided_or_expanded_are_read_rightly(plan: str) -> N
     wide_TO = torch.randn(x_TI.shape[0], 2 * weight.shape[0])
     for grad_TO in (wide_TO[:, ::2], wide_TO[:1, : weight.shape[0]].expand(x_TI.shape[0], -1), torch.ones(()).expand(33, 37)):
         expected_K = weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K)
-        found_K = row.entries(row.keep(x_TI, layout), grad_TO, layout)
+        found_K = row.entries(whole(x_TI), grad_TO, layout)
         assert relative(found_K, expected_K) <= 1e-5
     sliced_TI = torch.randn(33, 3 * 53)[:, 1::3]
-    found_K = row.entries(row.keep(sliced_TI, layout), wide_TO[:, :37], layout)
+    found_K = row.entries(whole(sliced_TI), wide_TO[:, :37], layout)
     assert relative(found_K, weight_gradient_entries(sliced_TI.double(), wide_TO[:, :37].double(), indices_K)) <= 1e-5
 
 
@@ -111,21 +117,14 @@ def test_tiles_of_one_row_and_of_all_rows_agree(monkeypatch: pytest.MonkeyPatch)
         row, found = PLANS[name], []
         for elements in (1, 300, 1 << 20):
             monkeypatch.setattr("speft_core.ops.plans.TILE_ELEMENTS", elements)
-            found.append(row.entries(row.keep(x_TI, layout), grad_TO, layout))
+            found.append(row.entries(whole(x_TI), grad_TO, layout))
         torch.testing.assert_close(found[0], found[2])
         torch.testing.assert_close(found[1], found[2])
 
 
-def test_no_more_columns_are_kept_than_the_entries_touch() -> None:
-    x = torch.randn(8, 100)
-    layout = Layout.of(torch.tensor([3, 103, 250]), (3, 100))
-    for name in ("compact", "sampled"):
-        assert PLANS[name].keep(x, layout).shape == (8, 2)
-
-
 def test_an_unknown_plan_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"auto or one of compact, .*got 'fast'"):
-        plan_named("fast", Layout.of(torch.tensor([1]), (2, 2)))
+        plan_named("fast", Layout.of(torch.tensor([1]), (2, 2)), torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))

@@ -33,11 +33,18 @@ class PlanRow:
     shape: tuple[int, ...]
 
 
-def attach(model: nn.Module, mask: SparsityMask, train_dense: Sequence[str] = (), backward: str = "auto") -> Tuner:
+def attach(
+    model: nn.Module,
+    mask: SparsityMask,
+    train_dense: Sequence[str] = (),
+    backward: str = "auto",
+    keep_dtype: torch.dtype | None = None,
+) -> Tuner:
     """Make the `mask`'s entries of `model` trainable and freeze all else; returns the Tuner that holds them.
 
     mask: from find_mask, or your own. train_dense: modules or parameters (names or dotted suffixes) that are trained
-    whole, such as a new head. backward: "auto" or a plan's name (see ops/plans.py) for every Linear.
+    whole, such as a new head. backward: "auto" or a plan's name (see ops/plans.py) for every Linear. keep_dtype: what the
+    input columns kept for backward are stored in, such as torch.bfloat16 to halve them (None: as they are, exact).
 
     Forward writes base + values into the weights in place. UserError when the mask does not fit the model, when a tuner is
     attached already or an adapter applied, or for a name that matches nothing; the model is untouched then.
@@ -53,7 +60,9 @@ def attach(model: nn.Module, mask: SparsityMask, train_dense: Sequence[str] = ()
         if name in mask.indices:
             check_adaptable(name, parameter)
     dense_names = _dense_names(model, mask, train_dense)
-    return Tuner(model, mask, dense_names, backward)
+    if keep_dtype is not None and keep_dtype not in VALUE_DTYPES:
+        raise UserError(f"keep_dtype must be None or one of {', '.join(str(d) for d in VALUE_DTYPES)}, got {keep_dtype}")
+    return Tuner(model, mask, dense_names, backward, keep_dtype)
 
 
 def _dense_names(model: nn.Module, mask: SparsityMask, train_dense: Sequence[str]) -> list[str]:
@@ -96,7 +105,10 @@ class Tuner:
     dense: name -> the model's own parameter, trained whole. mask: the mask it was attached with.
     """
 
-    def __init__(self, model: nn.Module, mask: SparsityMask, dense_names: list[str], backward: str) -> None:
+    def __init__(
+        self, model: nn.Module, mask: SparsityMask, dense_names: list[str], backward: str,
+        keep_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model, self.mask = model, mask
         parameters, owners = base_parameters(model), owners_of(model)
         self._required_grad = {p: p.requires_grad for p in model.parameters()}
@@ -116,7 +128,7 @@ class Tuner:
                 self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
                 self._slots[name] = []
                 for module, attribute in owners[id(weight)]:
-                    slot = Slot(name, module, attribute, indices_K, backward)
+                    slot = Slot(name, module, attribute, indices_K, backward, keep_dtype)
                     if self._slots[name]:  # tied: one Parameter serves all owners
                         module.register_parameter(f"{attribute}_values", self.values[name])
                     self._slots[name].append(slot)

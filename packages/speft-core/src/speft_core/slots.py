@@ -15,9 +15,11 @@ from torch import nn
 
 from .errors import UserError
 from .ops.functions import SparseLinear, Tap
+from .ops.keep import Keeper
 from .ops.layout import Layout
-from .ops.plans import plan_named
-from .writing import add_values, gather, scatter
+from .ops.plans import Plan, plan_named
+from .ops.recipes import hooks_forbid, recipe_of, sharded
+from .writing import gather, scatter, write_sum
 
 
 def check_adaptable(name: str, weight: torch.Tensor) -> None:
@@ -34,13 +36,20 @@ class Slot:
     DeepSpeed write `values` without leaving a trace in its version counter.
     """
 
-    def __init__(self, name: str, module: nn.Module, attribute: str, indices_K: torch.Tensor, backward: str) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, attribute: str, indices_K: torch.Tensor, backward: str,
+        keep_dtype: torch.dtype | None = None,
+    ) -> None:
         weight: nn.Parameter = getattr(module, attribute)
         self.name, self.module, self.attribute = name, module, attribute
-        self.plan_asked, self.plan, self.reason, self.layout = (backward, None, "dense gradient of this tensor alone", None)
+        self.plan: Plan | None = None
+        self.reason = "dense gradient of this tensor alone"
+        self.layout: Layout | None = None
+        self.keeper: Keeper | None = None
         if self.is_fast:
             self.layout = Layout.of(indices_K.to(weight.device), (weight.shape[0], weight.shape[1]))
-            self.plan, self.reason = plan_named(backward, self.layout)
+            self.plan, self.reason = plan_named(backward, self.layout, weight)
+            self.keeper = Keeper(self.layout.cols_C, keep_dtype)
         self.stale, self._seen = True, (-1, -1)
         values_K = nn.Parameter(torch.zeros(indices_K.numel(), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
@@ -83,7 +92,7 @@ class Slot:
         training = torch.is_grad_enabled() and values_K.requires_grad
         seen = (values_K.data_ptr(), values_K._version)
         if training or self.stale or seen != self._seen:
-            scatter(self.weight, self.indices_K, add_values(self.base_K, values_K))
+            write_sum(self.weight, self.indices_K, self.base_K, values_K)
         self.stale, self._seen = training, seen
 
     def pick(self, grad: torch.Tensor) -> torch.Tensor:
@@ -131,7 +140,11 @@ class AttachedForward:
         if fast is not None and len(args) == 1 and not kwargs:
             bias = taps.get("bias", self.module.bias)
             x = args[0]
-            return SparseLinear.apply(x, fast.weight, bias, fast.values_K, fast.plan, fast.layout_on(x.device))
+            weight = fast.weight
+            recipe = None if hooks_forbid() or sharded(weight) else recipe_of(x)
+            return SparseLinear.apply(
+                x, weight, bias, fast.values_K, fast.plan, fast.layout_on(x.device), recipe, fast.keeper
+            )
         if fast is not None:
             taps[fast.attribute] = Tap.apply(fast.weight, fast.values_K, fast.pick)
         return self._with(taps, args, kwargs)

@@ -1,6 +1,6 @@
 """The two autograd functions: a linear layer that hands `values` its k gradient entries, and a tap on any other tensor.
 
-Shape suffixes: O outputs, I inputs, T tokens, K kept entries.
+Shape suffixes: O outputs, I inputs, T tokens, K kept entries, U columns kept.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .inputs import Inputs
+from .keep import Keeper, kept_columns
 from .layout import Layout
+from .matmul import grad_input
 from .plans import Plan
+from .recipes import Recipe
 
 
 class SparseLinear(torch.autograd.Function):
     """y = x Wᵀ + b with W frozen (it holds base + values already); backward gives grad_x, grad_b and the entries for values.
 
-    x: [..., I]; weight: [O, I]; bias: [O] or None; values_K: any floating dtype. Saves what the plan keeps of x, and W.
+    x: [..., I]; weight: [O, I]; bias: [O] or None; values_K: any floating dtype. recipe: how backward makes x again; without
+    one, forward keeps the columns that `keeper` names (the layout's own when None). Saves W and at most those columns.
     """
 
     @staticmethod
@@ -30,9 +35,12 @@ class SparseLinear(torch.autograd.Function):
         values_K: torch.Tensor,
         plan: Plan,
         layout: Layout,
+        recipe: Recipe | None = None,
+        keeper: Keeper | None = None,
     ) -> torch.Tensor:
         ctx.plan, ctx.layout = plan, layout
-        ctx.x_dtype, ctx.values_dtype = x.dtype, values_K.dtype
+        ctx.x_shape, ctx.x_dtype, ctx.values_dtype = x.shape, x.dtype, values_K.dtype
+        given = x
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not reach into backward: cast here as it would, and keep the weight itself, not its cast copy.
             low = torch.get_autocast_dtype(x.device.type)
@@ -40,7 +48,10 @@ class SparseLinear(torch.autograd.Function):
             y = functional.linear(x, weight.to(low), None if bias is None else bias.to(low))
         else:
             y = functional.linear(x, weight, bias)
-        kept = plan.keep(x.reshape(-1, x.shape[-1]), layout) if ctx.needs_input_grad[3] else None
+        ctx.low, kept = x.dtype, None
+        ctx.recipe = recipe if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[3] and recipe is None:
+            kept, ctx.columns_U, ctx.key = kept_columns(given, x, layout, keeper)
         ctx.save_for_backward(weight, kept)
         return y
 
@@ -50,13 +61,19 @@ class SparseLinear(torch.autograd.Function):
         weight, kept = ctx.saved_tensors
         grad_x = grad_bias = grad_values_K = None
         grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
+        if ctx.needs_input_grad[3]:
+            if kept is None:
+                factors = ctx.recipe.factors()
+                factors[-1] = (factors[-1][0], ctx.low)
+                inputs = Inputs(factors)
+            else:
+                inputs = Inputs([(kept, ctx.low)], ctx.columns_U, ctx.key)
+            grad_values_K = ctx.plan.entries(inputs, grad_TO, ctx.layout).to(ctx.values_dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype)
+            grad_x = grad_input(grad_TO, weight).view(ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)
-        if ctx.needs_input_grad[3]:
-            grad_values_K = ctx.plan.entries(kept, grad_TO, ctx.layout).to(ctx.values_dtype)
-        return grad_x, None, grad_bias, grad_values_K, None, None
+        return grad_x, None, grad_bias, grad_values_K, None, None, None, None
 
 
 class Tap(torch.autograd.Function):

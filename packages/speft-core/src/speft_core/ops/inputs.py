@@ -1,0 +1,47 @@
+"""What backward knows of a layer's input: columns kept in forward, or factors that autograd keeps anyway.
+
+Shape suffixes: I inputs, T tokens, C columns with an entry, U columns kept (those of all layers that share the input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The input [T, I] as a product of factors, each a [T, I] view and the dtype that the product so far is rounded to.
+
+    columns_U: which columns of the input the factors hold (sorted), or None for all of them. key: names `columns_U`, so that
+    what is derived from it can be remembered.
+    """
+
+    factors: list[tuple[torch.Tensor, torch.dtype]]
+    columns_U: torch.Tensor | None = None
+    key: Hashable = None
+
+    def places(self, layout: Layout) -> torch.Tensor:
+        """Where the layout's columns lie among the factors' columns."""
+        if self.columns_U is None:
+            return layout.cols_C
+        if self.columns_U is layout.cols_C:
+            return torch.arange(layout.cols_C.numel(), device=layout.cols_C.device)
+        return torch.searchsorted(self.columns_U, layout.cols_C)
+
+    def gather(self, layout: Layout) -> torch.Tensor:
+        """x[:, C], as the layer read it."""
+        (first, dtype), *others = self.factors
+        if self.columns_U is layout.cols_C or layout.cols_C.numel() == first.shape[1]:
+            x_TC, picks = first, None
+        else:
+            picks = layout.derived(("places", self.key), lambda: self.places(layout))
+            x_TC = first.index_select(1, picks)
+        x_TC = x_TC.to(dtype)
+        for factor, dtype in others:
+            x_TC = (x_TC * (factor if picks is None else factor.index_select(1, picks))).to(dtype)
+        return x_TC

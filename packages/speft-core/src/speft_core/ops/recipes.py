@@ -1,0 +1,133 @@
+"""An input need not be kept when autograd keeps what it was made of: a product of two tensors, or a saved output.
+
+A gated MLP's `silu(gate) * up`, an RMSNorm's `weight * (hidden * rsqrt)` and the output of scaled dot-product attention are
+of this kind: their own backward saves the factors, so a linear layer that reads them can form the few columns it needs when
+backward comes by, with the very same operations and so the same bits. The nodes are only looked at in forward; what they
+saved is read in backward, as hooks for saved tensors (offloading, measuring) may then have moved it.
+
+Where this is not safe, `recipe_of` gives None and the columns are kept: under checkpointing (whose saved tensors can be read
+only once) and any other hook of a library, and for sharded weights, which may be gone when backward comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_ATTENTION = tuple(
+    f"ScaledDotProduct{kind}AttentionBackward0" for kind in ("Flash", "Efficient", "Cudnn", "FusedOverrideable")
+) + ("ScaledDotProductFlashAttentionForCpuBackward0",)
+SAVED_OUTPUT = {name: "_saved_output" for name in _ATTENTION} | {
+    name: "_saved_result" for name in ("ReluBackward0", "TanhBackward0", "SigmoidBackward0")
+}
+_RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0")
+_LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "fairscale")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to read the factors of an input of `shape` from nodes of the graph; `steps`: (read, dtype of the product so far)."""
+
+    shape: torch.Size
+    steps: list[tuple[Callable[[], torch.Tensor], torch.dtype]] = field(default_factory=list)
+
+    def factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
+        """Each factor as a view of [T, I], and the dtype that the product is rounded to after it. To be called in backward."""
+        found = []
+        for read, dtype in self.steps:
+            factor = read().detach()
+            factor = factor if factor.is_floating_point() else factor.to(dtype)
+            if factor.shape != self.shape:
+                factor = factor.expand(self.shape)
+            found.append((factor.reshape(-1, self.shape[-1]), dtype))
+        return found
+
+
+def hooks_forbid() -> bool:
+    """Whether saved tensors go through a library's hooks at the moment."""
+    try:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    except (AttributeError, TypeError):  # another PyTorch: be careful
+        return True
+    if hooks is None:
+        return False
+    module = getattr(hooks[0], "__module__", None) or type(hooks[0]).__module__
+    return module.split(".")[0] in _LIBRARIES
+
+
+def sharded(weight: torch.Tensor) -> bool:
+    """Whether the model's weights may be somewhere else when backward comes (ZeRO-3, FSDP, DTensor)."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "_fsdp_flattened") or type(weight) is not torch.nn.Parameter
+
+
+def recipe_of(x: torch.Tensor) -> Recipe | None:
+    """How to make `x` again from what autograd saves for others, or None when it saves no such thing."""
+    node = x.grad_fn
+    if node is None or x.dim() == 0:
+        return None
+    return _product(node, x) or _saved_output(node, x)
+
+
+def _reader(node: Any, attribute: str) -> Callable[[], torch.Tensor]:
+    return lambda: getattr(node, attribute)
+
+
+def _operands(node: Any) -> list[Any]:
+    return [entry[0] for entry in node.next_functions]
+
+
+def _both(node: Any, dtype: torch.dtype) -> list[tuple[Callable[[], torch.Tensor], torch.dtype]]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return [(_reader(node, "_saved_self"), wide), (_reader(node, "_saved_other"), dtype)]
+
+
+def _product(node: Any, x: torch.Tensor) -> Recipe | None:
+    """x = a * b, or x = w * (a * b) with w frozen and possibly a change of dtype between."""
+    if type(node).__name__ != "MulBackward0":
+        return None
+    operands = _operands(node)
+    if None not in operands:
+        return Recipe(x.shape, _both(node, x.dtype))
+    place = 0 if operands[0] is not None else 1
+    inner, dtype = operands[place], None
+    while type(inner).__name__ == "ToCopyBackward0":
+        (made,) = inner._input_metadata
+        if made.device != x.device:
+            return None
+        dtype = made.dtype if dtype is None else dtype
+        inner = _operands(inner)[0]
+    if type(inner).__name__ != "MulBackward0" or None in _operands(inner) or dtype not in (None, x.dtype, torch.float32):
+        return None
+    frozen = _reader(node, "_saved_other" if place == 0 else "_saved_self")
+    (made,) = inner._input_metadata
+    if made.shape != x.shape or made.device != x.device:
+        return None
+    return Recipe(x.shape, [*_both(inner, dtype or made.dtype), (frozen, x.dtype)])
+
+
+def _saved_output(node: Any, x: torch.Tensor) -> Recipe | None:
+    """x is the saved output of a node, perhaps transposed and then reshaped."""
+    while type(node).__name__ in _RESHAPES:
+        node = _operands(node)[0]
+    swap = None
+    if type(node).__name__ == "TransposeBackward0":
+        swap = (node._saved_dim0, node._saved_dim1)
+        (node, output), *_ = node.next_functions
+        if output != 0:
+            return None
+    attribute = SAVED_OUTPUT.get(type(node).__name__)
+    if attribute is None or node._input_metadata[0].dtype != x.dtype:
+        return None
+    source, shape = _reader(node, attribute), x.shape
+
+    def read() -> torch.Tensor:
+        found = source()
+        if swap is not None:
+            rank = found.dim()  # autograd keeps dimensions as unsigned numbers
+            found = found.transpose(*(d if d < rank else d - 2**64 for d in swap))
+        return found.reshape(shape)
+
+    return Recipe(shape, [(read, x.dtype)])
