@@ -133,11 +133,12 @@ def merge_folders(
     dtype: torch.dtype | None = None,
     names: Sequence[str] | None = None,
     check_base: bool = True,
+    keep_dense: bool = True,
     replace: bool = False,
 ) -> list[Row]:
     """`merge` for adapters on disk, into the new folder `out`; same options, same result, memory O(one tensor).
 
-    Returns what was measured, tensor by tensor. `replace`: whether an existing `out` gives way.
+    Returns what was measured, tensor by tensor. `keep_dense`: whether dense tensors that agree go along. `replace`: whether an existing `out` gives way.
     """
     recipe = make_recipe(len(folders), method, weights, density, seed, dtype)
     names = list(names) if names is not None else [Path(f).name for f in folders]
@@ -160,7 +161,7 @@ def merge_folders(
             writer.add(f"{name}.gaps", gaps.encode(merged.indices_K))
             prints = {k: v for k, v in merged_print(name, merged, sources).items() if k != "shape"}
             listed[name] = {"shape": list(merged.shape), **prints}
-        dense, apart = merged_dense(sources)
+        dense, apart = merged_dense(sources) if keep_dense else ({}, [])
         for name, tensor in dense.items():
             if name in listed:
                 raise UserError(f"{name} is sparse in one adapter and dense in another")

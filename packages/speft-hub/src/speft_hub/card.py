@@ -70,6 +70,12 @@ class Rendered:
     files: dict[str, str] = field(default_factory=dict)
 
 
+def find_results(folder: Path) -> Path | None:
+    """The figures of the run that made an adapter: in its folder, or in the run's folder when it is `RUN/adapter`."""
+    beside = [folder / "results.json", *([folder.resolve().parent / "results.json"] if folder.resolve().name == "adapter" else [])]
+    return next((path for path in beside if path.is_file()), None)
+
+
 def plain(text: Any, limit: int = 200) -> str:
     """`text` on one line of Markdown, with nothing in it that Markdown or HTML would act on."""
     line = " ".join(str(text).split())
@@ -100,7 +106,7 @@ def render(adapter: SparseAdapter, folder: Path, address: str, given: CardFields
     given.check()
     config = adapter.config
     on_hub, base = _base(adapter, given)
-    results = given.results or (folder / "results.json" if (folder / "results.json").is_file() else None)
+    results = given.results or find_results(folder)
     evaluations = [*given.evaluations, *(read_results(results, folder) if results else [])]
     tags = ["speft", "sparse", *(["merge"] if config.extra.get("merge") else []), *given.tags]
     metadata: dict[str, Any] = {
@@ -223,7 +229,7 @@ def _merge(record: Any) -> str:
     lines[0] += f" ({', '.join(options)})." if options else "."
     for source in record.get("sources") or []:
         if isinstance(source, dict):
-            lines.append(f"- {plain(source.get('name'))}: {source.get('nnz', 0):,} parameters, sha256 of the weights {plain(source.get('sha256'))}")
+            lines.append(f"- {plain(source.get('name'))}: {source.get('nnz', 0):,} parameters")
     figures = record.get("figures")
     if isinstance(figures, dict):
         lines += ["", f"Overlap {figures.get('overlap', 0):,} entries, sign conflicts {figures.get('sign_conflicts', 0):,}."]

@@ -17,10 +17,13 @@ import yaml
 from speft_core import UserError
 
 from .card import Rendered
+from .licences import HUB_ID
 
 FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.S)
 SECTION = re.compile(r"<!-- speft:begin (\w+) -->\n(.*?)\n?<!-- speft:end \1 -->", re.S)
 RECORD = re.compile(r"\n*<!-- speft:card (\{[^\n]*\}) -->\s*\Z")
+# What a training run writes: text nobody has touched, as its hash proves, so nothing in it is a person's.
+DRAFT = re.compile(r"<!-- speft:draft ([0-9a-f]{12}) -->\s*\Z")
 ALWAYS_OURS = ("library_name", "base_model_relation")
 
 
@@ -46,6 +49,12 @@ class Card:
     def edited(self) -> bool:
         """Whether anything differs from what was generated last."""
         return self.state() != self.record.get("state")
+
+
+def is_draft(text: str) -> bool:
+    """Whether a card is what a training run wrote, untouched."""
+    found = DRAFT.search(text)
+    return found is not None and _hash(text[: found.start()]) == found[1]
 
 
 def take_apart(text: str, where: str) -> Card:
@@ -103,7 +112,14 @@ def merge_cards(new: Rendered, local: str | None, hub: str | None, prefer: str =
         body = f"# {new.title}\n\n" + "\n\n".join(_wrapped(n, t) for n, t in new.sections.items())
         return put_together(new.metadata, body, _record(new, {}))
     metadata = _merge_metadata(new.metadata, old, explicit or set())
+    if "base_model" not in new.metadata and not _all_ids(metadata.get("base_model")):
+        metadata.pop("base_model", None)  # a path, or a name that the Hub cannot know
+        metadata.pop("base_model_relation", None)
     return put_together(metadata, _merge_body(new, old), _record(new, old.record))
+
+
+def _all_ids(base: Any) -> bool:
+    return all(isinstance(b, str) and "/" in b and HUB_ID.fullmatch(b) for b in (base if isinstance(base, list) else [base]))
 
 
 def _record(new: Rendered, old: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +130,7 @@ def _record(new: Rendered, old: dict[str, Any]) -> dict[str, Any]:
 
 def _which(local: str | None, hub: str | None, prefer: str) -> Card | None:
     """The card whose people's parts are kept."""
+    local = None if local and is_draft(local) else local
     if not local and not hub:
         return None
     if not hub or not local:

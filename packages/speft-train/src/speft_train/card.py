@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import yaml
@@ -10,18 +11,19 @@ from . import results
 from .config import to_yaml
 from .context import Run
 
+FAMILIES = {"full": "transformers", "lora": "peft", "pissa": "peft", "dora": "peft"}  # the others: speft
 USE = {
-    "sparse": """```python
+    "speft": """```python
 import speft_core as sc
 adapter = sc.SparseAdapter.load("adapter")     # this folder
 with adapter.applied(model):                   # in place; the base's bits are back on exit
     model.generate(...)
 ```""",
-    "lora": """```python
+    "peft": """```python
 from peft import PeftModel
 model = PeftModel.from_pretrained(model, "adapter")     # this folder
 ```""",
-    "full": """```python
+    "transformers": """```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("adapter")     # this folder
 ```""",
@@ -33,7 +35,7 @@ def text(run: Run, found: dict[str, Any] | None = None) -> str:
     cfg, method = run.cfg, run.cfg.adapter.method
     head: dict[str, Any] = {
         "base_model": cfg.model.name,
-        "library_name": {"sparse": "speft", "lora": "peft", "full": "transformers"}[method],
+        "library_name": FAMILIES.get(method, "speft"),
         "tags": ["speft", method, cfg.adapter.metric] if method == "sparse" else [method],
     }
     if "/" in cfg.data.train and not cfg.data.train.endswith((".jsonl", ".csv", ".json")):
@@ -46,5 +48,8 @@ def text(run: Run, found: dict[str, Any] | None = None) -> str:
             table = ["| | base | adapted |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
             parts += ["## Evaluation", "\n".join(table)]
         parts += ["## Training", "\n".join(f"- {what}: {value}" for what, value in results.fact_rows(found))]
-    parts += ["## Use", USE[method], "## Configuration", f"```yaml\n{to_yaml(cfg)}```"]
-    return "\n\n".join(parts) + "\n"
+    parts += ["## Use", USE[FAMILIES.get(method, "speft")], "## Configuration", f"```yaml\n{to_yaml(cfg)}```"]
+    written = "\n\n".join(parts)
+    # Tells speft-hub that no person has touched this text, so that publishing may replace it with a full card.
+    mark = hashlib.sha256(written.strip().encode()).hexdigest()[:12]
+    return f"{written}\n\n<!-- speft:draft {mark} -->\n"

@@ -1,0 +1,146 @@
+"""`merge` and `multihead` over adapters given as folders or repositories."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from speft_core import SparseAdapter, UserError
+from speft_core.files import atomic_folder
+from speft_core.merge_files import AdapterFile, merge_folders
+from speft_core.merge_report import Row
+from speft_core.multihead import save_heads
+
+from . import names
+from .card import CardFields, render
+from .card_merge import merge_cards
+from .pulling import Progress, check_folder
+from .registry import is_reference, parse
+from .sources import adapter_folders
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pinned(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Each source as it is fetched (repositories pinned to a commit) and as the provenance calls it (no path of this machine)."""
+    addresses, called = [], []
+    for text in texts:
+        if is_reference(text):
+            reference = parse(text)
+            sha = reference.registry.resolve(reference.repo, reference.revision or "main")
+            addresses.append(f"{reference.registry.address(reference.repo)}@{sha}")
+            public = "/".join(reference.repo.rsplit("/", 2)[-2:])
+            called.append(f"{public}@{sha[:12]}")
+        else:
+            addresses.append(text)
+            called.append(Path(text).resolve().name)
+    return addresses, called
+
+
+def check_out(out: str | Path, force: bool) -> Path:
+    """The folder to write; UserError when it exists and is not to be replaced, or is no adapter."""
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} exists and is no folder")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise UserError(f"{out} exists already; name a new folder, or pass --force to replace it")
+        if not (out / names.CONFIG).is_file():
+            raise UserError(f"{out} is no adapter, it is not replaced even with --force; remove it yourself")
+    return out
+
+
+def merge_adapters(
+    sources: Sequence[str], out: str | Path, *, force: bool = False, progress: Progress | None = None, dtype: str | None = None, **options: Any
+) -> list[Row]:
+    """Merge folders and repositories into the new folder `out`; options as of `speft_core.merge`. Returns the figures."""
+    out = check_out(out, force)
+    kind = _dtype(dtype)
+    addresses, called = pinned(sources)
+    with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
+        rows = merge_folders(folders, beside, dtype=kind, names=called, replace=True, **options)
+        _take_config(folders, beside)
+        write_card(beside, out.name)
+    return rows
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name] if name else None
+
+
+def multihead(
+    sources: Sequence[str],
+    out: str | Path,
+    tasks: Sequence[str] | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> dict[str, str]:
+    """Merge the bodies of several adapters and keep every head, in the new folder `out`; returns task -> kind of head.
+
+    tasks: what the heads are called, one for each source; by default the last parts of the sources' names.
+    """
+    out = check_out(out, force)
+    kind = _dtype(dtype)
+    addresses, called = pinned(sources)
+    tasks = list(tasks) if tasks else [re.sub(r"[^A-Za-z0-9_-]", "_", c.partition("@")[0].rsplit("/", 1)[-1]) for c in called]
+    if len(tasks) != len(sources) or len(set(tasks)) != len(tasks):
+        raise UserError(f"tasks must be one distinct name for each adapter ({len(sources)}), got {', '.join(tasks)}; pass --task for each")
+    with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
+        merge_folders(folders, beside, dtype=kind, names=called, keep_dense=False, replace=True, **options)
+        heads, kinds = {}, {}
+        with ExitStack() as stack:
+            for task, folder in zip(tasks, folders, strict=True):
+                source = AdapterFile(folder, stack)
+                heads[task], kinds[task] = source.dense, _kind(source)
+        save_heads(beside, heads, kinds)
+        _take_config(folders, beside)
+        check_folder(beside)
+        write_card(beside, out.name)
+    return kinds
+
+
+def _kind(source: AdapterFile) -> str:
+    """What a head answers: by the task, and a single output is a regression."""
+    if not source.dense or any(name.endswith("lm_head.weight") for name in source.dense):
+        return "causal"
+    last = list(source.dense.values())[-1]
+    return "regression" if last.shape[0] == 1 else "classification"
+
+
+def _take_config(folders: Sequence[Path], beside: Path) -> None:
+    """The model's config.json of the first source that has one, when all that have one are of one kind of model."""
+    found = []
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            try:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                found.append((config.get("model_type"), tuple(config.get("architectures") or ()), folder))
+            except (ValueError, AttributeError, RecursionError):
+                raise UserError(f"{folder / 'config.json'} is not readable JSON") from None
+    if found and len({f[:2] for f in found}) == 1:
+        shutil.copyfile(found[0][2] / "config.json", beside / "config.json")
+
+
+def write_card(folder: Path, address: str, fields: CardFields | None = None, adapter: SparseAdapter | None = None) -> Path:
+    """Write or renew README.md and its picture in an adapter's folder, keeping what a person wrote there."""
+    fields = fields or CardFields()
+    rendered = render(adapter or SparseAdapter.load(folder), folder, address, fields)
+    card = folder / names.CARD
+    local = card.read_text(encoding="utf-8") if card.is_file() else None
+    text = merge_cards(rendered, local, None, explicit=fields.given())
+    for name, content in rendered.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    card.write_text(text, encoding="utf-8")
+    return card

@@ -1,0 +1,170 @@
+"""An adapter and its base as a plain Transformers checkpoint that needs no speft to load.
+
+The base's files are copied (or fetched) one by one and the changed entries are written into the copies, so the memory
+needed is that of one tensor, and every byte that the adapter does not change is the base's. The arithmetic is that of
+`SparseAdapter.apply`: the logits are the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from speft_core import SparseAdapter, UserError
+from speft_core.files import atomic_folder
+from speft_core.fingerprint import check_fingerprint
+from speft_core.writing import add_values, gather, scatter
+
+from .card import CardFields, plain
+from .checkpoint import Checkpoint, write_index
+from .pulling import Progress, _fetch, check_folder
+from .pushing import public_base
+from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
+
+HEADS_FILE = "model-heads.safetensors"
+
+
+def export(
+    adapter: str | Path,
+    out: str | Path,
+    base: str | None = None,
+    *,
+    head: str | None = None,
+    check_base: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint of `adapter` (a folder) on its base into the new folder `out`.
+
+    base: a folder, a repository, or what the adapter names. head: for a multi-head folder, the task whose head to take.
+    UserError when the base is not the adapter's (unless `check_base` is False), or has no tensor that the adapter changes.
+    """
+    folder, out = Path(adapter), Path(out)
+    loaded = check_folder(folder)
+    if head is not None:
+        from speft_core.multihead import load_heads
+
+        heads, _ = load_heads(folder)
+        if head not in heads:
+            raise UserError(f"{folder} has no head {head!r}; it has {', '.join(heads)}")
+        loaded = SparseAdapter(loaded.deltas, dict(heads[head]), loaded.config, loaded.fingerprint)
+    chosen = base_name(loaded.config.base_model_name_or_path, base, folder)
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or (any(out.iterdir()) and not force))):
+        raise UserError(f"{out} exists already; name a new folder, or pass --force to replace it")
+    if out.exists() and force and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise UserError(f"{out} is no checkpoint, it is not replaced even with --force; remove it yourself")
+    with atomic_folder(out) as beside:
+        _copy_base(chosen, None if base else loaded.config.base_model_revision, beside, progress)
+        checkpoint = Checkpoint(beside)
+        for i, (name, delta) in enumerate(loaded.deltas.items()):
+            _change(checkpoint, name, delta, loaded, chosen, check_base)
+            if progress:
+                progress("writing", i + 1, len(loaded.deltas))
+        _place_heads(checkpoint, loaded.dense, beside)
+        _write_config(folder, loaded, checkpoint.config, beside)
+        (beside / "README.md").write_text(_card(loaded, chosen, out.name), encoding="utf-8")
+    return out
+
+
+def _copy_base(base: str, revision: str | None, beside: Path, progress: Progress | None) -> None:
+    local = base_folder(base)
+    if local is None:
+        reference, tree = base_files(base, revision)
+        for name, entry in tree.items():
+            _fetch(reference, name, entry, beside / name, progress)
+        return
+    wanted = {f.name for f in Checkpoint(local).files}
+    for file in sorted(local.iterdir()):
+        if file.is_file() and CHECKPOINT_FILES.fullmatch(file.name) and (file.suffix != ".safetensors" or file.name in wanted):
+            shutil.copyfile(file, beside / file.name)
+            if progress:
+                progress(file.name, file.stat().st_size, file.stat().st_size)
+
+
+def _change(checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapter, base: str, check_base: bool) -> None:
+    keys = checkpoint.keys_of(name)
+    if not keys:
+        raise UserError(f"base {base} has no tensor for the adapter's {name}; it is another base, or stored in another layout")
+    for key in keys:
+        with checkpoint.tensor(key, write=True) as weight:
+            if tuple(weight.shape) != delta.shape or not weight.is_floating_point():
+                found = f"{tuple(weight.shape)} of {weight.dtype}"
+                raise UserError(f"this adapter is for another base: {name} has shape {delta.shape}, {key} in {base} is {found}")
+            if check_base:
+                check_fingerprint(name, weight, delta, adapter.fingerprint.get(name), base)
+            base_K = gather(weight, delta.indices_K)
+            scatter(weight, delta.indices_K, add_values(base_K, delta.values_K))
+
+
+def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside: Path) -> None:
+    """Whole tensors: over the base's where it has them, otherwise into a file of their own with an index."""
+    new: dict[str, torch.Tensor] = {}
+    for name, tensor in dense.items():
+        keys = checkpoint.keys_of(name)
+        for key in keys:
+            with checkpoint.tensor(key, write=True) as weight:
+                if weight.shape != tensor.shape:
+                    raise UserError(f"{name} has shape {tuple(tensor.shape)} in the adapter and {tuple(weight.shape)} in the base; use a base without a head")
+                weight.copy_(tensor)
+        if not keys:
+            common = next((p.dtype for p in checkpoint.places.values() if p.dtype.is_floating_point), tensor.dtype)
+            new[name] = tensor.to(common).contiguous().clone()
+    if not new:
+        return
+    safetensors.torch.save_file(new, beside / HEADS_FILE, metadata={"format": "pt"})
+    files: dict[str, list[str]] = {}
+    for key, place in checkpoint.places.items():
+        files.setdefault(place.file.name, []).append(key)
+    if list(files) == ["model.safetensors"]:  # Transformers would look no further than this name
+        (beside / "model.safetensors").rename(beside / "model-body.safetensors")
+        files = {"model-body.safetensors": files["model.safetensors"]}
+    write_index(beside, files | {HEADS_FILE: list(new)})
+
+
+def _write_config(folder: Path, adapter: SparseAdapter, base: dict[str, Any], beside: Path) -> None:
+    """`config.json`: the adapted model's where the adapter brings one, otherwise the base's, made a classifier's if need be."""
+    config = dict(base)
+    if (folder / "config.json").is_file():
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if own.get("model_type") == base.get("model_type"):
+            kept = {k: v for k, v in own.items() if k not in ("dtype", "torch_dtype", "transformers_version", "quantization_config")}
+            config = base | kept
+    head = next((t for n, t in adapter.dense.items() if n in ("score.weight", "classifier.weight", "classifier.out_proj.weight")), None)
+    architectures = config.get("architectures") or []
+    if head is not None and not any("SequenceClassification" in str(a) for a in architectures):
+        config["architectures"] = [_classifier(str(a)) for a in architectures]
+    if head is not None and len(config.get("id2label") or {0: "", 1: ""}) != head.shape[0]:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(head.shape[0])}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(head.shape[0])}
+    for private in ("_name_or_path", "name_or_path"):
+        config.pop(private, None)
+    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _classifier(architecture: str) -> str:
+    for ending in ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model"):
+        if architecture.endswith(ending):
+            return architecture.removesuffix(ending) + "ForSequenceClassification"
+    return architecture
+
+
+def _card(adapter: SparseAdapter, base: str, name: str) -> str:
+    """A short card: what it was made of."""
+    public = public_base(base)
+    metadata: dict[str, Any] = {"library_name": "transformers"}
+    on_hub = public == base and "/" in base and not Path(base).exists()
+    if on_hub:
+        metadata |= {"base_model": base, "base_model_relation": "finetune"}
+    metadata["tags"] = ["speft", "sparse"]
+    CardFields(base_model=base if on_hub else None).check()
+    body = (
+        f"# {plain(name)}\n\n{plain(public or 'the base model')} with {adapter.nnz:,} single weights changed by a sparse adapter"
+        f" (selection: {plain(adapter.config.metric or 'not recorded')}), exported as a plain checkpoint: loads in Transformers, lm-eval and vLLM"
+        " without speft.\n"
+    )
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{body}"

@@ -1,0 +1,81 @@
+"""Where an adapter or a base model is: a folder, a repository, or a name that another package knows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from speft_core import UserError
+
+from . import names
+from .pulling import Progress, pull
+from .registry import Entry, NotFound, Reference, is_reference, parse
+
+# The files of a plain Transformers checkpoint that an export takes along. No pickles, no code.
+CHECKPOINT_FILES = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model)?[\w.-]*\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json"
+    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
+    r"|spiece\.model|sentencepiece\.bpe\.model|chat_template\.(json|jinja)|preprocessor_config\.json|LICENSE(\.md|\.txt)?|NOTICE(\.txt)?"
+)
+PLUGINS = "speft.base_models"  # entry points: the part of a name before ":" -> function(name) -> folder
+
+
+@contextmanager
+def adapter_folder(text: str, progress: Progress | None = None) -> Iterator[Path]:
+    """The folder of an adapter given as a path or a reference; a repository is pulled into a temporary folder, checked."""
+    if not is_reference(text):
+        folder = Path(text)
+        if not folder.is_dir():
+            raise UserError(f"no adapter at {text}: neither a folder nor a repository (owner/name, file:///path/owner/name)")
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="speft-") as room:
+        yield pull(text, Path(room) / "adapter", progress=progress).path
+
+
+@contextmanager
+def adapter_folders(texts: list[str], progress: Progress | None = None) -> Iterator[list[Path]]:
+    """Several at once."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(adapter_folder(text, progress)) for text in texts]
+
+
+def base_folder(base: str) -> Path | None:
+    """The folder of a base model that is on this machine: a path, or a name that an installed package finds (bundled:…)."""
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    kind, colon, _ = base.partition(":")
+    if colon and kind != "file":
+        found = [e for e in importlib.metadata.entry_points(group=PLUGINS) if e.name == kind]
+        if not found:
+            raise UserError(f"base {base!r} is known to no installed package (pip install speft-train); or give --base FOLDER")
+        return Path(found[0].load()(base))
+    return None
+
+
+def base_files(base: str, revision: str | None) -> tuple[Reference, dict[str, Entry]]:
+    """The files of a base model in a repository, pinned to a commit."""
+    reference = parse(base)
+    registry, repo = reference.registry, reference.repo
+    try:
+        sha = registry.resolve(repo, reference.revision or revision or "main")
+    except NotFound as error:
+        raise UserError(f"base model: {error}; or give --base FOLDER") from None
+    tree = {n: e for n, e in registry.tree(repo, sha).items() if CHECKPOINT_FILES.fullmatch(n)}
+    if "config.json" not in tree or not any(n.endswith(".safetensors") for n in tree):
+        raise UserError(f"base {base} must have config.json and .safetensors files; pickled weights are not read")
+    return Reference(registry, repo, sha), tree
+
+
+def base_name(adapter_base: str | None, told: str | None, folder: Path) -> str:
+    """Which base to use: the one that was told, or the one that the adapter names."""
+    if told:
+        return told
+    if adapter_base:
+        return adapter_base
+    raise UserError(f"{folder}: {names.CONFIG} names no base model; give --base FOLDER or --base owner/name")
