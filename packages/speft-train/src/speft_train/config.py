@@ -20,21 +20,7 @@ from speft_core.errors import UserError
 
 from .config_checks import check_tree
 from .config_layers import read_layers
-
-METHODS = ("sparse", "lora", "full")
-METRICS = ("gradient", "magnitude", "random")
-TEMPLATES = ("question_answer", "alpaca", "chat")
-BUDGET_UNITS = ("k", "density", "like_lora_r")
-PROBLEM_KINDS = (
-    "add",
-    "subtract",
-    "multiply",
-    "add_add",
-    "add_subtract",
-    "subtract_add",
-    "multiply_add",
-    "multiply_subtract",
-)
+from .config_names import BUDGET_UNITS, METHODS, METRICS, PEFT_METHODS, PROBLEM_KINDS, TASKS, TEMPLATES
 
 
 def _key(default: Any, doc: str, **rules: Any) -> Any:
@@ -46,13 +32,25 @@ def _key(default: Any, doc: str, **rules: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The head of a sequence_classification model."""
+
+    train: bool = _key(True, "train it whole, beside the adapter; false leaves it as it starts")
+    init_std: float | None = _key(
+        None, "spread of its random start; default: 0.06 / sqrt(width) on a decoder, the model's own on an encoder", above=0
+    )
+    words: dict[str, str] = _key(dict, "label -> answer word: the head starts as these rows of the vocabulary head")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The pre-trained model and the form in which its weights are held."""
 
     name: str = _key("", "Hub id, folder, bundled:smollm2-135m or bundled:minilm-l6", required=True)
     revision: str | None = _key(None, "branch, tag or commit of a Hub model")
-    task: str = _key("causal_lm", "kind of model to load", choices=("causal_lm", "sequence_classification"))
-    num_labels: int = _key(2, "outputs of the head of a sequence_classification model", minimum=1)
+    task: str = _key("causal_lm", "kind of model to load", choices=TASKS)
+    num_labels: int | None = _key(None, "outputs of a classification head; default: read from the data", minimum=1)
+    head: HeadConfig = _key(HeadConfig, "the head of a sequence_classification model")
     dtype: str = _key(
         "auto",
         "dtype of the weights; auto is that of the checkpoint",
@@ -89,7 +87,12 @@ class DataConfig:
     test_split: str = _key("test", "split of test, for Hub and bundled data")
     validation_split: str = _key("validation", "split of validation, for Hub and bundled data")
     template: str = _key("question_answer", "how a row becomes a prompt and an answer", choices=TEMPLATES)
-    columns: dict[str, str] = _key(dict, "role of the template -> column of the data, where they differ")
+    columns: dict[str, str] = _key(
+        dict, "role -> column of the data: roles of the template, or text, text_pair and label for classification"
+    )
+    labels: str = _key("auto", "labels are classes, or numbers to predict", choices=("auto", "classes", "numbers"))
+    label_names: list[str] = _key(list, "classes in the order of the outputs; default: sorted, as the data have them")
+    instruction: str | None = _key(None, "words around the text of a classification: {text} and {text_pair} stand in it")
     system_prompt: str | None = _key(None, "system message of the chat template")
     train_size: int | None = _key(
         None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1
@@ -98,7 +101,7 @@ class DataConfig:
     validation_size: int | None = _key(None, "number of validation rows, the first ones", minimum=1)
     validation_from_train: int = _key(0, "take this many rows from the end of train for validation", minimum=0)
     max_length: int = _key(1024, "longest example in tokens, prompt and answer", minimum=2)
-    overlong: str = _key("drop", "what to do with longer training examples", choices=("drop", "truncate"))
+    overlong: str = _key("drop", "what to do with longer training examples; test texts are cut", choices=("drop", "truncate"))
     prompt_loss: bool = _key(False, "learn the prompt's tokens too, not the answer's alone")
     word_problems: WordProblemsConfig = _key(WordProblemsConfig, "options of bundled:word-problems")
 
@@ -311,7 +314,7 @@ def _check_together(tree: Mapping[str, Any]) -> list[str]:
     given = [unit for unit in BUDGET_UNITS if budget.get(unit) is not None]
     method = adapter.get("method", "sparse")
     needs_budget = (method == "sparse" and adapter.get("mask") is None) or (
-        method == "lora" and (adapter.get("lora") or {}).get("r") is None
+        method in PEFT_METHODS and (adapter.get("lora") or {}).get("r") is None
     )
     if len(given) > 1 or (needs_budget and not given):
         mistakes.append(

@@ -4,67 +4,58 @@ back on.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import speft_core as sc
 from speft_core.errors import UserError
-from speft_core.targets import base_parameters, parameter_shape, resolve_targets
+from speft_core.targets import base_parameters
 
-from .config import AdapterSection, RunConfig
+from . import heads, methods_peft
+from .attached import DTYPES, TASK_TYPES, Attached, Method, budget_of
+from .config import RunConfig
+from .methods_peft import lora_modules, lora_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+__all__ = ["METHODS", "Attached", "Method", "budget_of", "lora_modules", "lora_rank", "trained_count"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Attached:
-    """A model with something trainable on it."""
-
-    model: Any  #: what the Trainer trains
-    trainable: int  #: scalars that are trained
-    save: Callable[[Path], None]  #: write what ships into an empty folder
-    detach: Callable[[], None]  #: take it off; the base is as before
-    about: str = ""  #: for the terminal, after the count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of the table."""
-
-    needs_mask: bool
-    attach: Callable[[Any, RunConfig, sc.SparsityMask | None], Attached]
-    applied: Callable[[Any, RunConfig, Path], AbstractContextManager[Any]]  #: the base with a saved folder on it
-
-
-def budget_of(section: AdapterSection) -> sc.Budget:
-    """The config's budget as core's."""
-    return sc.Budget(**{key: value for key, value in asdict(section.budget).items() if value is not None})
-
-
-# sparse ---------------------------------------------------------------------------------------------------------------
+# sparse, and what else is kept as a sparse adapter -------------------------------------------------------------------
 
 
 def _attach_sparse(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None) -> Attached:
     assert mask is not None
-    tuner = sc.attach(model, mask, train_dense=cfg.adapter.train_dense, backward=cfg.adapter.backward)
+    return _attach_tuner(model, cfg, mask, heads.trained(model, cfg))
+
+
+def _attach_head(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None) -> Attached:
+    return _attach_tuner(model, cfg, sc.SparsityMask({}, {}, {}), _head_names(model, cfg))
+
+
+def _attach_bitfit(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None) -> Attached:
+    """Every bias, and the head (BitFit, arXiv 2106.10199)."""
+    dense = list(dict.fromkeys([*bias_names(model), *heads.trained(model, cfg)]))
+    return _attach_tuner(model, cfg, sc.SparsityMask({}, {}, {}), dense)
+
+
+def _attach_tuner(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask, dense: list[str]) -> Attached:
+    tuner = sc.attach(model, mask, train_dense=dense, backward=cfg.adapter.backward)
 
     def save(folder: Path) -> None:
         dtype = DTYPES[cfg.adapter.dtype] if cfg.adapter.dtype else None
-        tuner.adapter(dtype, task_type=TASK_TYPES[cfg.model.task]).save(folder)
+        adapter = tuner.adapter(dtype, task_type=TASK_TYPES[cfg.model.task])
+        if cfg.model.task == "sequence_classification":  # a frozen head ships too: nothing else knows its random start
+            adapter = replace(adapter, dense={**heads.tensors(model), **adapter.dense})
+        adapter.save(folder)
 
     plans = Counter(row.plan for row in tuner.plan().values())
-    about = "; gradients by " + ", ".join(f"{plan} ({count} tensors)" for plan, count in plans.most_common())
+    listed = ", ".join(f"{plan} ({count} tensors)" for plan, count in plans.most_common())
+    about = f"; gradients by {listed}" if listed else ""
     return Attached(model=model, trainable=tuner.trainable_parameters, save=save, detach=tuner.detach, about=about)
 
 
@@ -74,81 +65,42 @@ def _sparse_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Ite
         yield model
 
 
-# LoRA -----------------------------------------------------------------------------------------------------------------
+def bias_names(model: Any) -> list[str]:
+    """Names of the biases outside the head; UserError for a model without."""
+    head = set(heads.parameter_names(model)) if hasattr(model, "base_model") else set()
+    found = [n for n in base_parameters(model) if (n == "bias" or n.endswith(".bias")) and n not in head]
+    if not found:
+        raise UserError("adapter.method bitfit needs a model with biases; this one has none")
+    return found
 
 
-def lora_modules(model: Any, section: AdapterSection) -> list[str]:
-    """Modules that LoRA adapts: their last names where these say it all, otherwise their full names."""
-    names = resolve_targets(model, section.lora.targets or section.targets)
-    odd = next((n for n in names if len(parameter_shape(base_parameters(model)[n])) != 2), None)
-    if odd is not None:
-        raise UserError(f"adapter.lora.targets must be matrices; {odd} is not one: set adapter.lora.targets")
-    short = sorted({n.split(".")[-2] for n in names})
-    return short if resolve_targets(model, short) == names else [n.rpartition(".")[0] for n in names]
-
-
-def lora_rank(model: Any, section: AdapterSection) -> int:
-    """The rank asked for, or the largest one within the budget."""
-    if section.lora.r is not None:
-        return section.lora.r
-    names = resolve_targets(model, section.lora.targets or section.targets)
-    k = budget_of(section).resolve(model, resolve_targets(model, section.targets))
-    parameters = base_parameters(model)
-    each = sum(sum(parameter_shape(parameters[n])) for n in names)
-    if k < each:
+def _head_names(model: Any, cfg: RunConfig) -> list[str]:
+    names = heads.trained(model, cfg)
+    if not names:
         raise UserError(
-            f"adapter.budget must hold LoRA of rank 1, which has {each:,} parameters on these targets; got k = {k:,}"
+            "adapter.method head needs a head to train: model.task=sequence_classification with model.head.train=true,"
+            " or adapter.train_dense"
         )
-    return k // each
+    return names
 
 
-@contextmanager
-def _without_old_names() -> Iterator[None]:
-    """PEFT asks for an attribute that transformers 5 has renamed, and users can do nothing about the warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
-
-
-def _attach_lora(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None) -> Attached:
-    import peft
-
-    section, rank = cfg.adapter, lora_rank(model, cfg.adapter)
-    settings = peft.LoraConfig(
-        r=rank,
-        lora_alpha=section.lora.alpha or rank,  # PEFT takes fractions too
-        lora_dropout=section.lora.dropout,
-        target_modules=lora_modules(model, section),
-        modules_to_save=section.train_dense or None,
-        task_type=TASK_TYPES[cfg.model.task],
-    )
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    torch.manual_seed(cfg.seed)  # A starts at random: the same on every rank
-    with _without_old_names():
-        adapted: Any = peft.get_peft_model(model, settings)
-
-    def save(folder: Path) -> None:
-        adapted.save_pretrained(folder)
-
-    def detach() -> None:
-        adapted.unload()
-        for parameter, required in wanted.items():
-            parameter.requires_grad_(required)
-
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Attached(model=adapted, trainable=trainable, save=save, detach=detach, about=f"; LoRA of rank {rank}")
-
-
-@contextmanager
-def _lora_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Iterator[Any]:
-    import peft
-
-    with _without_old_names():
-        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
-    try:
-        yield adapted.eval()
-    finally:
-        adapted.unload()
+def trained_count(model: Any, cfg: RunConfig, names: list[str]) -> int:
+    """Scalars that the method trains, heads and other dense parts aside; `names` are the targets."""
+    section, parameters = cfg.adapter, base_parameters(model)
+    if section.method == "full":
+        return sum(p.numel() for p in parameters.values())
+    if section.method in methods_peft.KINDS:
+        each, always = methods_peft.trained_by_rank(model, section)
+        return lora_rank(model, section) * each + always
+    if section.method == "head":
+        return 0
+    if section.method == "bitfit":
+        return sum(parameters[n].numel() for n in bias_names(model))
+    if section.mask is not None:
+        mask = sc.SparsityMask.load(section.mask)
+        mask.check_model(model)
+        return mask.nnz
+    return budget_of(section).resolve(model, names)
 
 
 # full -----------------------------------------------------------------------------------------------------------------
@@ -172,6 +124,8 @@ def _full_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Itera
 
 METHODS: dict[str, Method] = {
     "sparse": Method(needs_mask=True, attach=_attach_sparse, applied=_sparse_applied),
-    "lora": Method(needs_mask=False, attach=_attach_lora, applied=_lora_applied),
+    **{kind: Method(needs_mask=False, attach=methods_peft.attach, applied=methods_peft.applied) for kind in methods_peft.KINDS},
     "full": Method(needs_mask=False, attach=_attach_full, applied=_full_applied),
+    "head": Method(needs_mask=False, attach=_attach_head, applied=_sparse_applied),
+    "bitfit": Method(needs_mask=False, attach=_attach_bitfit, applied=_sparse_applied),
 }

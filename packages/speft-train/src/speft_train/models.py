@@ -23,18 +23,30 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from .data.labels import LabelSpace
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # model.task -> (auto class of transformers, what it needs of the checkpoint)
 TASKS = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
-def load_model(cfg: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of `cfg.model`, in eval mode on the CPU, and its tokenizer with a padding token."""
+def load_model(
+    cfg: RunConfig, labels: LabelSpace | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of `cfg.model`, in eval mode on the CPU, and its tokenizer with a padding token.
+
+    labels: of a classification; the head gets as many outputs and starts as heads.py says.
+    """
     import transformers
 
+    from . import heads
+
     where = locate(cfg.model)
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = tokenizer or load_tokenizer(cfg)
     config = load_model_config(cfg)
+    if labels is not None:
+        labels.write(config)
+        config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
     auto = getattr(transformers, TASKS[cfg.model.task])
     torch.manual_seed(cfg.seed)  # a fresh head starts the same in every run
     with _one_line_errors(cfg.model):
@@ -43,6 +55,8 @@ def load_model(cfg: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         model.config._name_or_path = cfg.model.name  # not the cache folder of this machine
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if labels is not None:
+        heads.start(model, tokenizer, cfg, labels)
     return model.eval(), tokenizer
 
 
@@ -78,7 +92,7 @@ def load_model_config(cfg: RunConfig, known: bool = False) -> PretrainedConfig:
         config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     _check_task(cfg.model, config)
     if cfg.model.task == "sequence_classification":
-        config.num_labels = cfg.model.num_labels
+        config.num_labels = cfg.model.num_labels or 2
     if cfg.model.attn_implementation is not None:
         config._attn_implementation = cfg.model.attn_implementation
     return config

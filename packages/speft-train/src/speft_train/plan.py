@@ -11,7 +11,7 @@ from rich.table import Table
 
 from speft_core.targets import base_parameters, resolve_targets
 
-from . import engine, methods, models, training_args
+from . import engine, methods, methods_peft, models, training_args
 from .config import RunConfig, batch_plan
 from .folder import RunFolder
 from .stages import STAGES
@@ -29,7 +29,7 @@ def show(cfg: RunConfig, world: int, console: Console) -> None:
     total = sum(p.numel() for p in parameters.values())
     names = resolve_targets(model, cfg.adapter.targets)
     pool = sum(parameters[n].numel() for n in names)
-    k = _trained(cfg, model, names)
+    k = methods.trained_count(model, cfg, names)
     console.print(_targets(parameters, names))
     dtype = str(model.dtype).removeprefix("torch.")
     console.print(f"model: {cfg.model.name}, {total:,} parameters in {dtype}", highlight=False)
@@ -46,23 +46,6 @@ def show(cfg: RunConfig, world: int, console: Console) -> None:
     )
     console.print(_memory(cfg, model, k, pool, world))
     console.print("Dry run: nothing was loaded, trained or written.", highlight=False)
-
-
-def _trained(cfg: RunConfig, model: Any, names: list[str]) -> int:
-    """Scalars that the method would train, dense parts aside."""
-    section, parameters = cfg.adapter, base_parameters(model)
-    if section.method == "full":
-        return sum(p.numel() for p in parameters.values())
-    if section.method == "lora":
-        lora = resolve_targets(model, section.lora.targets or section.targets)
-        return methods.lora_rank(model, section) * sum(sum(parameters[n].shape) for n in lora)
-    if section.mask is not None:
-        import speft_core as sc
-
-        mask = sc.SparsityMask.load(section.mask)
-        mask.check_model(model)
-        return mask.nnz
-    return methods.budget_of(section).resolve(model, names)
 
 
 def _steps(cfg: RunConfig, world: int) -> str:
@@ -108,8 +91,8 @@ def memory_rows(cfg: RunConfig, model: Any, k: int, pool: int, world: int) -> li
     rows = [("weights", weights)]
     if cfg.adapter.method == "sparse":
         rows += [("values (float32)", VALUE * k), ("indices and base entries", (INDEX + size) * k)]
-    elif cfg.adapter.method == "lora":
-        rows.append(("LoRA matrices (float32)", VALUE * k))
+    elif cfg.adapter.method in methods_peft.KINDS:
+        rows.append((f"{cfg.adapter.method} matrices (float32)", VALUE * k))
     rows.append(("gradients", (size if cfg.adapter.method == "full" else GRADIENT) * k // (world if stage >= 2 else 1)))
     moments = 2 * size if cfg.adapter.method == "full" and stage == 0 else MOMENTS
     rows.append(("optimizer", (moments + (MASTER if stage >= 1 else 0)) * k // sharded))

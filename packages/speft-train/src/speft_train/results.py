@@ -58,11 +58,16 @@ def figure_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(figure, base, adapted) in words, for the tables of the terminal, the report and the card."""
     base, adapted = found["base"] or {}, found["adapted"] or {}
     rows = []
+    unit = "answer token" if "tokens" in adapted else "example"
     for key, name in (
         ("exact_match", "exact match (number after ####)"),
         ("exact_match_last_number", "exact match (last number)"),
-        ("loss", "loss per answer token"),
+        ("loss", f"loss per {unit}"),
         ("accuracy", "accuracy"),
+        ("f1", "F1"),
+        ("matthews", "Matthews correlation"),
+        ("pearson", "Pearson correlation"),
+        ("spearman", "Spearman correlation"),
         ("count", "test examples"),
     ):
         if key in base or key in adapted:

@@ -24,18 +24,23 @@ def load(run: Run) -> Result:
     import torch
     from transformers.utils import logging
 
-    from . import data, models
+    from . import classification, data, models
 
     if not run.shows_progress:
         logging.disable_progress_bar()
+    classifies = run.cfg.model.task == "sequence_classification"
     if run.cfg.model.name.startswith("bundled:"):
         run.ranks.on_main(lambda: str(models.locate(run.cfg.model)))  # rank 0 converts it, the others find it made
-    run.model, run.tokenizer = models.load_model(run.cfg)
+    if classifies:
+        classification.load(run)
+    else:
+        run.model, run.tokenizer = models.load_model(run.cfg)
     dtype = str(run.model.dtype).removeprefix("torch.")
     refusals.check(run.cfg, dtype)
     if torch.cuda.is_available() and not run.cfg.train.get("use_cpu"):
         run.model.to(torch.device("cuda", run.ranks.local_rank))
-    run.data = data.build(run.cfg, run.tokenizer)
+    if not classifies:
+        run.data = data.build(run.cfg, run.tokenizer)
     for line in run.data.summary(run.cfg.data):
         run.say(f"  {line}")
     total = sum(p.numel() for p in run.model.parameters())
@@ -173,7 +178,7 @@ def _calibration(run: Run) -> Any:
 
     section, examples = run.cfg.adapter, run.data.train
     chosen = data.calibration_rows(examples, section.calibration_examples, run.cfg.seed)
-    size, collate = section.calibration_batch_size, data.collator(run.tokenizer)
+    size, collate = section.calibration_batch_size, run.data.collator(run.tokenizer)
     starts = range(0, len(chosen), size)
     for start in tqdm(starts, desc="saliency", unit="batch", dynamic_ncols=True, disable=not run.shows_progress):
         batch = collate([examples[i] for i in chosen[start : start + size]])
@@ -182,8 +187,10 @@ def _calibration(run: Run) -> Any:
 
 def _evaluate(run: Run, model: Any) -> Result:
     """Figures on the test data. Each rank takes a share of the rows: the frozen weights are whole on all of them."""
-    from . import data, evaluate, label_rows
+    from . import classification, data, evaluate, label_rows
 
+    if run.cfg.model.task == "sequence_classification":
+        return classification.evaluate(run, model)
     settings, ranks = run.cfg.evaluate, run.ranks
     figures: Result = {}
     if settings.generation and run.data.test_rows:

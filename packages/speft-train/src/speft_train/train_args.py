@@ -50,10 +50,11 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "logging_dir": "output_dir at the top level (logs go below it)",
 }
-OWN = {"global_batch_size": ("int",)}
+OWN = {"global_batch_size": ("int",), "early_stopping_patience": ("int", "None")}
 LIMITS: dict[str, tuple[str, Any]] = {
     "learning_rate": ("more than 0", lambda v: v > 0),
     "global_batch_size": ("at least 1", lambda v: v >= 1),
+    "early_stopping_patience": ("at least 1 evaluation", lambda v: v >= 1),
     "per_device_train_batch_size": ("at least 1", lambda v: v >= 1),
     "per_device_eval_batch_size": ("at least 1", lambda v: v >= 1),
     "gradient_accumulation_steps": ("at least 1", lambda v: v >= 1),

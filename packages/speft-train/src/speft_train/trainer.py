@@ -53,6 +53,14 @@ class RunTrainer(Trainer):
         self.order.set_epoch(epoch)  # a resumed loader is wrapped too deep for the Trainer to reach the sampler
         super()._run_epoch(epoch=epoch, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Every validation example, also those that do not fill a batch."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     # Loss ---------------------------------------------------------------------------------------------------------
 
     def compute_loss(

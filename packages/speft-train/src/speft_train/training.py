@@ -36,7 +36,7 @@ def train(run: Run) -> Result:
     use_cache = run.model.config.use_cache
     try:
         if checkpoint is not None and checkpoints.step_of(checkpoint) >= total:
-            checkpoints.load_trainable(run.attached.model, checkpoint)
+            checkpoints.load_trainable(run.attached.model, _best(checkpoint, args))
             history = _saved_history(checkpoint)
         else:
             history = _loop(run, trainer, checkpoint)
@@ -66,9 +66,9 @@ def train(run: Run) -> Result:
 
 
 def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
-    from . import callbacks, data, trainer
+    from . import callbacks, trainer
 
     assert run.attached is not None
     stop = callbacks.StopOnSignal(run.request, run.ranks)
@@ -77,6 +77,9 @@ def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
         extra.append(callbacks.Progress() if run.shows_progress else callbacks.Lines(run.say))
     if training_args.wants_tensorboard(run.cfg) and run.ranks.is_main:
         extra.append(_tensorboard(run.folder.path / "tensorboard"))
+    patience = run.cfg.train.get("early_stopping_patience")
+    if patience is not None:
+        extra.append(EarlyStoppingCallback(early_stopping_patience=patience))
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
     if evaluates and run.data.validation is None:
         raise UserError("train.eval_strategy needs data.validation or data.validation_from_train; neither is set")
@@ -85,16 +88,29 @@ def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
         args=args,
         train_dataset=run.data.train,
         eval_dataset=run.data.validation if evaluates else None,
-        data_collator=data.collator(run.tokenizer),
+        data_collator=run.data.collator(run.tokenizer),
         callbacks=extra,
+        **_of_task(run),
         ranks=run.ranks,
         global_batch=training_args.global_batch(run.cfg, run.ranks.world),
         lengths=run.data.train.lengths,
     )
     made.remove_callback(PrinterCallback)
-    if made.whole_logits is not None:
+    if made.whole_logits is not None and run.cfg.model.task == "causal_lm":
         run.say(f"  logits of every position are computed: {made.whole_logits}")
     return made, stop
+
+
+def _of_task(run: Run) -> dict[str, Any]:
+    """The loss and the figures that the Trainer gets; a causal model brings its own loss."""
+    from . import classification
+
+    if run.cfg.model.task == "causal_lm":
+        return {}
+    return {
+        "compute_loss_func": classification.loss,
+        "compute_metrics": classification.trainer_metrics(run.data.space),
+    }
 
 
 def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
@@ -118,6 +134,14 @@ def _saved_history(checkpoint: Path) -> list[Result]:
     except (OSError, ValueError):
         return []
     return _kept(state.get("log_history", []))
+
+
+def _best(checkpoint: Path, args: Any) -> Path:
+    """The checkpoint that ships when training is over: the last, or the best one where that is asked for."""
+    if not args.load_best_model_at_end:
+        return checkpoint
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return Path(state.get("best_model_checkpoint") or checkpoint)
 
 
 def _checkpoint_to_resume(run: Run) -> Path | None:

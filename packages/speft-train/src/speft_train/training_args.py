@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "log_level": "error",
     "log_level_replica": "error",
 }
-OWN_KEYS = ("global_batch_size", "report_to", "disable_tqdm")
+OWN_KEYS = ("global_batch_size", "early_stopping_patience", "report_to", "disable_tqdm")
 
 
 def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from speft_core.errors import UserError
 
 from ..config import DataConfig, RunConfig
+from .collate import Collator, collator
 from .sources import NoSplitError, Rows, available_columns, file_kind, load_rows
 from .templates import TEMPLATES, Rendered, columns_of
 from .tokens import LengthReport, TokenDataset, tokenize
@@ -29,6 +30,10 @@ class DataBundle:
     train_rows: Rows = field(default_factory=list)
     test_rows: Rows = field(default_factory=list)  # for generation
     reports: dict[str, LengthReport] = field(default_factory=dict)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Collator:
+        """Makes batches of these examples."""
+        return collator(tokenizer, model)
 
     def summary(self, cfg: DataConfig) -> list[str]:
         """A line a split: how many examples and tokens, and what was dropped or cut."""

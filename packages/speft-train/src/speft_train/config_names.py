@@ -1,0 +1,25 @@
+"""Names that the configuration allows, kept apart from torch and transformers so that a misspelt one is told at once."""
+
+from __future__ import annotations
+
+# Rows of methods.METHODS.
+METHODS = ("sparse", "lora", "pissa", "dora", "full", "head", "bitfit")
+PEFT_METHODS = ("lora", "pissa", "dora")
+# Rows of speft_core.METRICS.
+METRICS = (
+    *("gradient", "magnitude", "random", "snip", "force", "taylor_fo", "synflow", "grasp", "fisher"),
+    *("absolute_gradient", "wanda"),
+)
+TASKS = ("causal_lm", "sequence_classification")
+TEMPLATES = ("question_answer", "alpaca", "chat")
+BUDGET_UNITS = ("k", "density", "like_lora_r")
+PROBLEM_KINDS = (
+    "add",
+    "subtract",
+    "multiply",
+    "add_add",
+    "add_subtract",
+    "subtract_add",
+    "multiply_add",
+    "multiply_subtract",
+)

@@ -1,0 +1,114 @@
+"""Classification heads: how they start, which parameters they are, and how they ship.
+
+On a decoder the head is a matrix on the last real token's state, without a bias (SpaRTA, arXiv 2502.15975): random with
+the small spread 0.06 / sqrt(width) for a base model, or the rows of the vocabulary head that belong to answer words, for
+a model that follows instructions. The vocabulary head and the embeddings are never touched. An encoder keeps the head
+of its architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from speft_core.errors import UserError
+
+from .config import RunConfig
+
+if TYPE_CHECKING:
+    from .data.labels import LabelSpace
+
+BASE_SPREAD = 0.06
+
+
+def modules(model: Any) -> dict[str, nn.Module]:
+    """The modules that make up the head: all at the top level beside the base model."""
+    body = model.base_model
+    return {name: m for name, m in model.named_children() if m is not body and any(True for _ in m.parameters())}
+
+
+def parameter_names(model: Any) -> list[str]:
+    """Names of the head's parameters."""
+    return [f"{name}.{inner}" for name, module in modules(model).items() for inner, _ in module.named_parameters()]
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the head's parameters by name."""
+    own = dict(model.named_parameters())
+    return {name: own[name].detach().cpu().clone() for name in parameter_names(model)}
+
+
+def trained(model: Any, cfg: RunConfig) -> list[str]:
+    """What is trained whole beside the adapter: adapter.train_dense, and the head of a classification."""
+    names = list(cfg.adapter.train_dense)
+    if cfg.model.task == "sequence_classification" and cfg.model.head.train:
+        names += [name for name in modules(model) if name not in names]
+    return names
+
+
+def about(model: Any, cfg: RunConfig) -> str:
+    """One line on the head's policy."""
+    settings = cfg.model.head
+    start = "the vocabulary rows of " + ", ".join(settings.words.values()) if settings.words else "a random start"
+    fate = "trained whole" if settings.train else "left frozen"
+    count = sum(t.numel() for t in tensors(model).values())
+    return f"head: {', '.join(modules(model))}, {count:,} parameters, from {start}, {fate}"
+
+
+def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> None:
+    """Give a fresh head its first values, the same for a seed."""
+    from .models import is_encoder
+
+    settings = cfg.model.head
+    linears = [m for head in modules(model).values() for m in head.modules() if isinstance(m, nn.Linear)]
+    assert linears, "a classification model has a head"
+    last = linears[-1]
+    if settings.words:
+        rows_OH = _word_rows(tokenizer, cfg, labels)
+        if is_encoder(model.config) or rows_OH.shape != last.weight.shape:
+            raise UserError(f"model.head.words needs a decoder whose head reads its last state; {cfg.model.name} is not one")
+        with torch.no_grad():
+            last.weight.copy_(rows_OH)
+        return
+    if settings.init_std is None and is_encoder(model.config):
+        return
+    spread = settings.init_std or BASE_SPREAD / math.sqrt(last.in_features)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    with torch.no_grad():
+        drawn_OH = torch.randn(last.weight.shape, generator=generator) * spread
+        last.weight.copy_(drawn_OH)
+        if last.bias is not None:
+            last.bias.zero_()
+
+
+def _word_rows(tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> torch.Tensor:
+    """(classes, width): the rows of the vocabulary head for the answer words."""
+    import transformers
+
+    from .models import DTYPES, locate
+
+    words = cfg.model.head.words
+    if labels.is_regression or set(words) != set(labels.names):
+        wanted = "none, for labels are numbers" if labels.is_regression else ", ".join(labels.names)
+        raise UserError(f"model.head.words must name a word for every label ({wanted}); got {', '.join(words)}")
+    tokens = []
+    for name in labels.names:
+        ids = tokenizer(words[name], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) != 1:
+            pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+            raise UserError(
+                f"model.head.words.{name} must be one token of the vocabulary; {words[name]!r} is {len(ids)} ({pieces})."
+                " A leading space often matters"
+            )
+        tokens.append(ids[0])
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"model.head.words must be different words; got {', '.join(words.values())}")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        locate(cfg.model), dtype=DTYPES.get(cfg.model.dtype, "auto"), trust_remote_code=False,
+        revision=cfg.model.revision or "main", cache_dir=cfg.model.cache_dir,
+    )  # fmt: skip
+    rows: torch.Tensor = whole.get_output_embeddings().weight[tokens].detach().clone()
+    return rows
