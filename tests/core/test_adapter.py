@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import speft_core as sc
 import torch
-from speft_core.adapter import CONFIG_FILE, WEIGHTS_FILE
+from speft_core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,30 +18,39 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> None:
+Content = bytes | str | Callable[[Path], None]
+
+
+def atomic_write(path: str | Path, content: Content) -> None:
     """Write `content` (bytes, text, or a function that writes the file it is given) to `path` or leave `path` as it was.
 
     Raises OSError when the disk is full or the folder cannot be written; the half-written neighbour is removed.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    beside = Path(name)
+    atomic_files({Path(path): content})
+
+
+def atomic_files(contents: Mapping[Path, Content]) -> None:
+    """As atomic_write, for files that belong together: all are written and flushed before the first is renamed."""
+    beside: dict[Path, Path] = {}
+    mask = os.umask(0)
+    os.umask(mask)
     try:
-        if callable(content):
-            content(beside)
-        elif isinstance(content, str):
-            beside.write_text(content, encoding="utf-8")
-        else:
-            beside.write_bytes(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # mkstemp makes private files; the result has the permissions of any new file
-        _flush(beside)
-        os.replace(beside, path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            os.close(descriptor)
+            beside[path] = Path(name)
+            if callable(content):
+                content(beside[path])
+            else:
+                beside[path].write_bytes(content.encode() if isinstance(content, str) else content)
+            beside[path].chmod(0o666 & ~mask)  # mkstemp makes private files; the result has the permissions of any new file
+            _flush(beside[path])
+        for path, written in beside.items():
+            os.replace(written, path)
     finally:
-        beside.unlink(missing_ok=True)
+        for written in beside.values():
+            written.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import gaps
-from .adapter import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, AdapterConfig, SparseAdapter, read_config, read_delta
+from .adapter import SparseAdapter
+from .adapter_files import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, AdapterConfig, read_config, read_delta
 from .delta import SparseDelta
 from .errors import UserError
 from .files import atomic_folder, atomic_write
