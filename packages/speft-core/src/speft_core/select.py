@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,10 +51,8 @@ def _chunks(scores: Scores) -> Iterator[tuple[str, int, torch.Tensor, float, flo
     seen: dict[str, int] = {}
     for name, tensor in _tensors(scores):
         if isinstance(tensor, torch.Tensor):
-            flat = tensor.detach().reshape(-1)
-            numel, at = flat.numel(), lambda a, b, flat=flat: flat[a:b]
-        else:
-            numel, at = tensor.numel, tensor.at
+            tensor = LazyScores(tensor.numel(), _slices(tensor.detach().reshape(-1)))
+        numel, at = tensor.numel, tensor.at
         offset = seen.get(name, 0)
         seen[name] = offset + numel
         for start in range(0, numel, CHUNK):
@@ -66,6 +65,10 @@ def _chunks(scores: Scores) -> Iterator[tuple[str, int, torch.Tensor, float, flo
             yield name, offset + start, scores_N, low, high
         if not numel:
             yield name, offset, torch.empty(0), math.inf, -math.inf
+
+
+def _slices(flat: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda start, stop: flat[start:stop]
 
 
 def _at_least(scores_N: torch.Tensor, bound: float) -> torch.Tensor:
@@ -211,7 +214,7 @@ def _bounded_shares(
         bounds = f"{sum(least.values()):,} and {sum(most.values()):,}"
         raise UserError(f"min_per_layer and max_per_layer allow between {bounds} entries in all, the budget is k = {k:,}")
 
-    def clamped(name: str, count: np.ndarray) -> np.ndarray:
+    def clamped(name: str, count: Any) -> Any:
         return np.clip(count, least[name], most[name])
 
     total_B, per_tensor = np.zeros(BUCKETS, dtype=np.int64), {}

@@ -80,7 +80,7 @@ class Units:
         return LazyScores(self.count, self._at)
 
     def _bands(self, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first band, entries' scores of some bands [bands · band, C]), a chunk at a time; bands first..last, short at the end."""
+        """(number of the first band, scores of some bands' entries [bands · band, C]), about a chunk at a time."""
         step = max(1, CHUNK // max(1, self.band * self.columns))
         for start in range(first, last, step):
             stop = min(last, start + step)

@@ -96,15 +96,6 @@ class Rule:
         else:
             sum_O.add(self.of_example(self.scaled(sum_O, grad_y, examples).sum(1)).sum(0))
 
-    def dense(self, total: Accumulator, grad: torch.Tensor, examples: Examples) -> None:
-        """Add for a parameter of which only the whole batch's gradient is known; per example, the batch must be one."""
-        if self.of_example is None:
-            total.add(grad)
-            return
-        assert examples.count == 1, "dense gradients mix the examples of a batch"
-        share = 1.0 if examples.share_B is None else float(examples.share_B[0])
-        total.add(self.of_example(grad.to(total.sum.dtype) * (1.0 / share if share else 0.0)))
-
     def scaled(self, total: Accumulator, grad_y: torch.Tensor, examples: Examples) -> torch.Tensor:
         """grad_y of each example's own loss instead of its share of the batch's, [B, T, O]; unchanged for plain sums."""
         if self.of_example is None:
@@ -181,7 +172,8 @@ class _Scorer:
 
     def _discarding(self, total: Accumulator) -> Callable[[torch.Tensor], torch.Tensor]:
         def add(grad: torch.Tensor) -> torch.Tensor:
-            self.rule.dense(total, grad, self.examples)
+            assert self.rule.of_example is None, "a dense gradient mixes the examples of a batch"
+            total.add(grad)
             return grad.new_zeros(0)
 
         return add
@@ -262,7 +254,7 @@ def accumulating(
     scorers = [_Scorer(module, attributes, rule, examples) for module, attributes in by_module.items()]
     try:
         for scorer in scorers:
-            scorer.module.forward = scorer  # type: ignore[method-assign]
+            scorer.module.forward = scorer
         yield examples
     finally:
         for scorer in scorers:

@@ -60,7 +60,7 @@ class Chooser:
         least = sum(min(s, self.floors.get(n, 0)) for n, s in self.sizes.items())
         if not least <= self.k <= most:
             raise UserError(
-                f"min_per_layer and max_per_layer allow between {least:,} and {most:,} entries in all, the budget has {self.k:,}"
+                f"min_per_layer and max_per_layer allow between {least:,} and {most:,} entries in all, k = {self.k:,}"
             )
 
     def add(self, scores: Mapping[str, LazyScores]) -> None:

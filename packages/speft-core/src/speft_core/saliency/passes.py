@@ -56,25 +56,34 @@ def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
     return {n: s.sum.div_(total) for n, s in sums.items()}
 
 
-def _per_example(run: Pass, names: Sequence[str], rule: Rule) -> tuple[Statistics, int]:
-    """Sums over examples of a function of each example's gradient: (name -> sum, examples).
+def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tensor], torch.Tensor]) -> Statistics:
+    """Sums over examples of a function of each example's gradient: name -> sum.
 
     Weights and biases of linear layers get all examples of a batch at once, by batched products in tiles. Other
-    parameters only know the whole batch's gradient, so they take a second round in which each example is a batch.
+    parameters, and tied ones, only know the whole batch's gradient, so they take a second round in which each example is a
+    batch of its own.
     """
     sums = run.accumulators(names)
     with frozen(run.model):
         batched = is_batched(run.model, names)
-    rounds = [{n: s for n, s in sums.items() if batched[n]}, {n: s for n, s in sums.items() if not batched[n]}]
-    if all(rounds):
-        run.calibration.keep()
-    for number_of_round, part in enumerate(rounds):
-        if part:
-            with frozen(run.model), accumulating(run.model, part, rule, run.all_names) as examples, torch.enable_grad():
+        at_once, alone = [n for n in names if batched[n]], [n for n in names if not batched[n]]
+        if at_once and alone:
+            run.calibration.keep()
+        if at_once:
+            part = {n: sums[n] for n in at_once}
+            with accumulating(run.model, part, Rule(function), run.all_names) as examples, torch.enable_grad():
                 for number, batch, _ in run.calibration:
-                    for piece in [batch] if number_of_round == 0 else _single_examples(batch):
+                    _backward_examples(run, number, batch, examples)
+        if alone:
+            gradients = run.accumulators(alone)
+            with accumulating(run.model, gradients, Rule(), run.all_names) as examples, torch.enable_grad():
+                for number, batch, _ in run.calibration:
+                    for piece in _single_examples(batch):
                         _backward_examples(run, number, piece, examples)
-    return {n: s.sum for n, s in sums.items()}, run.calibration.examples
+                        for name, gradient in gradients.items():
+                            sums[name].add(function(gradient.sum))
+                            gradient.sum.zero_()
+    return {n: s.sum for n, s in sums.items()}
 
 
 def _single_examples(batch: Batch) -> list[Batch]:
@@ -91,28 +100,29 @@ def _backward_examples(run: Pass, number: int, batch: Batch, examples: Examples)
     examples.count, examples.length = batch_size(batch), sequence_length(batch)
     examples.share_B = shares_of_examples(run.model, batch)
     if not bool((examples.share_B > 0).any()):
-        return  # no labelled token
+        return  # no labelled token, so no loss
     loss = run.calibration.loss(number, batch)
-    if loss.dim() == 1 and loss.numel() == examples.count:  # the loss function gave each example's own loss
-        examples.share_B, loss = None, loss.sum()
+    if loss.dim() == 1 and loss.numel() == examples.count:
+        examples.share_B = None  # the loss function gave each example's own loss
     loss.sum().backward()
 
 
 def squared_gradient(run: Pass, names: Sequence[str]) -> Statistics:
     """Σ over examples of (∂ℓ/∂θ)², ℓ an example's own mean loss: the diagonal of the empirical Fisher information."""
-    return _per_example(run, names, Rule(torch.square))[0]
+    return _per_example(run, names, torch.square)
 
 
 def absolute_gradient(run: Pass, names: Sequence[str]) -> Statistics:
     """The mean over examples of |∂ℓ/∂θ|, ℓ an example's own mean loss."""
-    sums, examples = _per_example(run, names, Rule(torch.abs))
-    return {n: s.div_(examples) for n, s in sums.items()}
+    sums = _per_example(run, names, torch.abs)
+    return {n: s.div_(run.calibration.examples) for n, s in sums.items()}
 
 
 def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
     """‖x_i‖₂ over all tokens that the attention mask lets through, of each input i of a linear weight.
 
-    In a shape that broadcasts against the weight: [1, I], for Conv1D [I, 1]. UserError for targets that are not weights of linear layers.
+    In a shape that broadcasts against the weight: [1, I], for Conv1D [I, 1]. UserError for targets that are not weights of
+    linear layers.
     """
     parameters, owners = base_parameters(run.model), owners_of(run.model)
     squares: Statistics = {}
@@ -135,9 +145,7 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
             if attribute != "weight" or not (isinstance(module, nn.Linear) or is_conv1d(module)):
                 if isinstance(module, nn.Embedding) and len(owners[id(weight)]) > 1:
                     continue  # a head tied to the embeddings: its inputs are the head's
-                raise UserError(
-                    f"wanda scores the weights of linear layers by their inputs, {name} is none; choose other targets"
-                )
+                raise UserError(f"wanda scores only weights of linear layers, {name} is none; choose other targets")
             transposed = is_conv1d(module)
             shape = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
             squares.setdefault(name, torch.zeros(shape, dtype=wide_dtype(weight.dtype), device=weight.device))

@@ -96,7 +96,7 @@ def _absolute(model: nn.Module) -> Iterator[None]:
         for parameter in saved:
             parameter.data.abs_()
         for module in activations:
-            module.forward = lambda x, *_, **__: x  # type: ignore[method-assign]
+            module.forward = lambda x, *_, **__: x
         yield
     finally:
         for module in activations:
