@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
+from .ops.compiled import enroll
 from .ops.functions import SparseLinear, Tap
 from .ops.keep import Keeper
 from .ops.layout import Layout
@@ -42,6 +43,7 @@ class Slot:
     ) -> None:
         weight: nn.Parameter = getattr(module, attribute)
         self.name, self.module, self.attribute = name, module, attribute
+        self._backward, self._keep_dtype = backward, keep_dtype
         self.plan: Plan | None = None
         self.reason = "dense gradient of this tensor alone"
         self.layout: Layout | None = None
@@ -51,6 +53,7 @@ class Slot:
             self.plan, self.reason = plan_named(backward, self.layout, weight)
             self.keeper = Keeper(self.layout.cols_C, keep_dtype)
         self.stale, self._seen = True, (-1, -1)
+        self.number = enroll(self)
         values_K = nn.Parameter(torch.zeros(indices_K.numel(), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
             values_K = nn.Parameter(values_K.data.double())
@@ -95,6 +98,12 @@ class Slot:
             write_sum(self.weight, self.indices_K, self.base_K, values_K)
         self.stale, self._seen = training, seen
 
+    def summed(self) -> torch.Tensor:
+        """A copy of the parameter with base + values in it, differentiable by values; for graphs, which do not see `write`."""
+        sum_K = (self.base_K.to(self.values_K.dtype) + self.values_K).to(self.base_K.dtype)
+        flat = self.weight.detach().reshape(-1)
+        return flat.index_put((self.indices_K.long(),), sum_K).view(self.weight.shape)
+
     def pick(self, grad: torch.Tensor) -> torch.Tensor:
         """The kept entries of this parameter's dense gradient, in the values' dtype."""
         return grad.reshape(-1).index_select(0, self.indices_K).to(self.values_K.dtype)
@@ -111,6 +120,19 @@ class Slot:
         if weight_was_loaded:
             wide_K = gather(self.weight, self.indices_K).to(self.values_K.dtype)
             self.values_K.data.copy_(wide_K - self.base_K.to(wide_K.dtype))
+        self.stale = True
+
+    def reindex(self, indices_K: torch.Tensor) -> None:
+        """Adapt other entries of the parameter, which must hold the base's bits now; values are the caller's to set (remask.py)."""
+        weight = self.weight
+        indices_K = indices_K.to(weight.device)
+        if self.layout is not None:
+            self.layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+            self.plan, self.reason = plan_named(self._backward, self.layout, weight)
+            self.number = enroll(self)  # compiled graphs hold the old layout's sizes
+            self.keeper = Keeper(self.layout.cols_C, self._keep_dtype)
+        self.module._buffers[f"{self.attribute}_indices"] = indices_K
+        self.module._buffers[f"{self.attribute}_base"] = gather(weight, indices_K)
         self.stale = True
 
     def remove(self) -> None:
@@ -131,6 +153,8 @@ class AttachedForward:
         self.original = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(args, kwargs)
         for slot in self.slots:
             slot.write()
         if not torch.is_grad_enabled():
@@ -147,6 +171,20 @@ class AttachedForward:
             )
         if fast is not None:
             taps[fast.attribute] = Tap.apply(fast.weight, fast.values_K, fast.pick)
+        return self._with(taps, args, kwargs)
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same in operators that torch.compile can trace: one for a Linear, an out-of-place sum for any other tensor."""
+        taps = {s.attribute: s.summed() for s in self.slots if s.plan is None}
+        fast = next((s for s in self.slots if s.plan is not None), None)
+        if fast is not None and len(args) == 1 and not kwargs:
+            x, weight, bias = args[0], fast.weight, taps.get("bias", self.module.bias)
+            if torch.is_autocast_enabled(x.device.type):
+                low = torch.get_autocast_dtype(x.device.type)
+                x, bias = x.to(low), None if bias is None else bias.to(low)  # the operator casts the weight, once written
+            return torch.ops.speft.linear(x, weight, bias, fast.values_K, fast.number, torch.is_grad_enabled())[0]
+        if fast is not None:
+            taps[fast.attribute] = fast.summed()
         return self._with(taps, args, kwargs)
 
     def _with(self, taps: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,101 @@
+"""The sparse linear layer as one opaque operator, for torch.compile: no graph break, no tracing into the plans.
+
+The operator writes base + values into the weight before it multiplies; the write is not declared, because nothing else in a graph
+depends on when it happens: all that reads the weight goes through this operator.
+
+Shape suffixes: O outputs, I inputs, T tokens, C columns with an entry, K kept entries.
+"""
+
+# No `from __future__ import annotations`: the operator's schema is read from the annotations.
+
+import itertools
+import weakref
+from typing import Any, Optional
+
+import torch
+from torch.nn import functional
+
+from .inputs import Inputs
+from .layout import Layout
+from .matmul import grad_input
+
+_numbers = itertools.count()
+_slots: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def enroll(slot: Any) -> int:
+    """A number by which the operator finds `slot` (its plan, its layout and its write) at run time."""
+    number = next(_numbers)
+    _slots[number] = slot
+    return number
+
+
+def _layout(number: int, device: torch.device) -> Layout:
+    layout: Layout = _slots[number].layout_on(device)
+    return layout
+
+
+@torch.library.custom_op("speft::linear", mutates_args=())
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], values_K: torch.Tensor, number: int, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x Wᵀ + b after writing base + values into W, and x[:, C] (an empty tensor unless `keep`)."""
+    _slots[number].write()
+    y = functional.linear(x, weight.to(x.dtype), bias)
+    if not keep:
+        return y, x.new_empty(0, 0)
+    kept_TC = x.reshape(-1, x.shape[-1]).index_select(1, _layout(number, x.device).cols_C)
+    return y, kept_TC
+
+
+@linear.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], values_K: torch.Tensor, number: int, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if not keep:
+        return y, x.new_empty(0, 0)
+    tokens = 1
+    for size in x.shape[:-1]:
+        tokens = tokens * size
+    return y, x.new_empty(tokens, _slots[number].layout.cols_C.numel())
+
+
+@torch.library.custom_op("speft::linear_backward", mutates_args=())
+def linear_backward(
+    grad_y: torch.Tensor, weight: torch.Tensor, kept_TC: torch.Tensor, number: int, with_x: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_x in the shape of x (an empty tensor unless `with_x`), and the gradient of the K kept entries."""
+    slot, layout = _slots[number], _layout(number, grad_y.device)
+    grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
+    inputs = Inputs([(kept_TC, kept_TC.dtype)], layout.cols_C, "own")
+    grad_values_K = slot.plan.entries(inputs, grad_TO, layout).to(slot.values_K.dtype)
+    if not with_x:
+        return grad_y.new_empty(0), grad_values_K
+    return grad_input(grad_TO, weight).view(*grad_y.shape[:-1], weight.shape[1]), grad_values_K
+
+
+@linear_backward.register_fake
+def _(
+    grad_y: torch.Tensor, weight: torch.Tensor, kept_TC: torch.Tensor, number: int, with_x: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    slot = _slots[number]
+    grad_values_K = grad_y.new_empty(slot.layout.nnz, dtype=slot.values_K.dtype)
+    if not with_x:
+        return grad_y.new_empty(0), grad_values_K
+    return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1]), grad_values_K
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _, weight, _, _, ctx.number, _ = inputs
+    ctx.save_for_backward(weight, output[1])
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor, _grad_kept: Any) -> tuple[Optional[torch.Tensor], ...]:
+    weight, kept_TC = ctx.saved_tensors
+    grad_x, grad_values_K = torch.ops.speft.linear_backward(grad_y, weight, kept_TC, ctx.number, ctx.needs_input_grad[0])
+    grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return (grad_x if ctx.needs_input_grad[0] else None), None, grad_bias, grad_values_K, None, None
+
+
+linear.register_autograd(_backward, setup_context=_setup)

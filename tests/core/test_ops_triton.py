@@ -1,0 +1,52 @@
+"""The Triton kernel's numbers, on a CPU through Triton's interpreter. Skipped where Triton is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import torch
+from speft_core.ops import triton_sddmm
+from speft_core.ops.inputs import Inputs
+from speft_core.ops.layout import Layout
+from speft_core.ops.plans import PLANS
+from speft_core.ops.reference import weight_gradient_entries
+
+torch.manual_seed(0)
+tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+called = []
+entries = triton_sddmm.entries
+triton_sddmm.entries = lambda *a: (called.append(1), entries(*a))[1]
+for dtype, bound in tolerance.items():
+    for tokens, outputs, inputs, k in [(1, 3, 5, 1), (7, 20, 9, 33), (130, 37, 53, 301), (64, 1, 8, 8), (5, 6, 4, 24), (3, 4, 4, 0)]:
+        indices_K = torch.randperm(outputs * inputs)[:k].sort().values.to(torch.int32)
+        x_TI, grad_TO = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
+        found_K = PLANS["sampled"].entries(Inputs([(x_TI, dtype)]), grad_TO, Layout.of(indices_K, (outputs, inputs)))
+        expected_K = weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K)
+        assert found_K.dtype == torch.float32 and found_K.shape == expected_K.shape
+        assert (found_K - expected_K).norm() <= bound * expected_K.norm() + 1e-12, (dtype, tokens, outputs, inputs, k)
+assert len(called) == 18
+print("same")
+"""
+
+
+def test_the_kernel_gives_the_oracles_entries() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "same"
+
+
+def test_without_cuda_and_interpreter_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from speft_core.ops import triton_sddmm
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not triton_sddmm.usable(torch.zeros(2, 2))
