@@ -138,9 +138,8 @@ def test_the_wheel_holds_every_source_file(package: str, tmp_path: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
     module = PACKAGES[package]
-    wanted = {str(path.relative_to(copy / "src")) for path in (copy / "src" / module).rglob("*.py")}
-    assert wanted <= packed
-    assert f"{module}/py.typed" in packed
+    wanted = {str(path.relative_to(copy / "src")) for path in (copy / "src" / module).rglob("*") if path.is_file()}
+    assert {f"{module}/__init__.py", f"{module}/py.typed"} <= wanted <= packed
     assert {name.split("/")[0] for name in packed} == {module, next(n.split("/")[0] for n in packed if ".dist-info" in n)}
 
 
