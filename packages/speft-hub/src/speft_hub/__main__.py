@@ -1,0 +1,5 @@
+"""`python -m speft_hub`."""
+
+from .cli import main
+
+main()
