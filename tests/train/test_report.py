@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from speft_train import memory, plots, results
+from speft_train import memory, plots, results, tensorboard_log
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,23 @@ def test_tables_hold_what_there_is() -> None:
     found = {**FOUND, "base": {"exact_match": 0.25}, "adapted": {"exact_match": 0.5, "count": 8}}
     rows = results.figure_rows(found)
     assert rows == [("exact match (number after ####)", "0.2500", "0.5000"), ("test examples", "-", "8")]
+
+
+def test_event_files_are_what_tensorboard_reads(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    log = tensorboard_log.EventFile(tmp_path / "tb")
+    log.scalars(1, {"train/loss": 2.5})
+    log.scalars(2, {"train/loss": 1.5, "train/learning_rate": 0.125})
+    (file,) = (tmp_path / "tb").iterdir()
+    events = [Event.FromString(raw) for raw in RawEventFileLoader(str(file)).Load()]
+    log.close()
+    assert events[0].file_version == "brain.Event:2"
+    assert [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[1:]] == [
+        (1, {"train/loss": 2.5}),
+        (2, {"train/loss": 1.5, "train/learning_rate": 0.125}),
+    ]
 
 
 def test_peak_memory_grows_with_use() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ app = typer.Typer(
 ConfigArg = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
 OverridesArg = Annotated[list[str] | None, typer.Argument(help="key=value, as train.max_steps=10", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done and needed, and do nothing")]
+GridOption = Annotated[list[str] | None, typer.Option("--grid", help="key=value,value: a row for each", show_default=False)]
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 
@@ -40,6 +42,28 @@ def run(config: ConfigArg, overrides: OverridesArg = None, dry_run: DryRun = Fal
     if local_rank >= 0:  # the deepspeed launcher passes it before the config, and older ones do not set the variable
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     raise typer.Exit(guarded(lambda: execute(config, overrides or [], dry_run)))
+
+
+@app.command("sweep")
+def sweep_command(
+    config: ConfigArg,
+    overrides: OverridesArg = None,
+    grid: GridOption = None,
+    seeds: Annotated[int | None, typer.Option(help="number of seeds: 0, 1, ...", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="runs at once, each in a process of its own", min=1)] = 1,
+    devices: Annotated[str, typer.Option(help="GPUs that the runs share out among them, as 0,1,2")] = "",
+    lock: Annotated[Path | None, typer.Option(help="hold this lock file while a run lasts")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run every cell of a table and write it: the config's sweep section, or --grid a=1,2 b=x,y. Done cells are kept."""
+    from . import sweep
+
+    axes, plain = list(grid or []), []
+    for item in overrides or []:  # --grid a=1,2 b=3,4: what follows the first axis and lists values is an axis too
+        (axes if grid and "," in item.partition("=")[2] and "[" not in item else plain).append(item)
+    settings = sweep.Settings(lock=lock, jobs=jobs, devices=[d for d in devices.split(",") if d])
+    _quiet()
+    raise typer.Exit(guarded(lambda: sweep.execute(config, plain, axes, seeds, dry_run, settings)))
 
 
 def main() -> None:
@@ -98,24 +122,23 @@ def execute(config: Path, overrides: list[str], dry_run: bool) -> None:
             plan.show(cfg, world, console)
         return
     _quiet()
-    _run(cfg, folder, console)
+    run_checked(cfg, folder, console)
 
 
-def _run(cfg: Any, folder: Any, console: Any) -> None:
+def run_checked(cfg: Any, folder: Any, console: Any) -> None:
+    """One run, from its checked config and folder to its summary."""
     from . import engine, report, stages
     from .context import Run
 
     with handled() as request:
         ranks = engine.start(cfg.deepspeed)
-        try:
-            ranks.on_main(lambda: folder.claim(cfg))
-            this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
-            stages.run_stages(this)
-            if ranks.is_main:
-                report.print_summary(this)
-            ranks.barrier()
-        finally:
-            engine.stop(ranks)
+        ranks.on_main(lambda: folder.claim(cfg))
+        this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
+        stages.run_stages(this)
+        if ranks.is_main:
+            report.print_summary(this)
+        ranks.barrier()
+        engine.stop(ranks)  # not after a failure: it could wait for ranks that never come
 
 
 def _quiet() -> None:
@@ -143,7 +166,8 @@ def _print(message: str) -> None:
 
 def _os_error(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
+    advice = "; free some, or choose another output_dir" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{error.strerror or error}{where}{advice}"
 
 
 def _full_disk(error: Exception) -> str | None:

@@ -68,7 +68,7 @@ def train(run: Run) -> Result:
 def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
     from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
-    from . import callbacks, trainer
+    from . import callbacks, tensorboard_log, trainer
 
     assert run.attached is not None
     stop = callbacks.StopOnSignal(run.request, run.ranks)
@@ -76,7 +76,7 @@ def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
     if run.ranks.is_main:
         extra.append(callbacks.Progress() if run.shows_progress else callbacks.Lines(run.say))
     if training_args.wants_tensorboard(run.cfg) and run.ranks.is_main:
-        extra.append(_tensorboard(run.folder.path / "tensorboard"))
+        extra.append(tensorboard_log.TensorBoard(run.folder.path / "tensorboard"))
     patience = run.cfg.train.get("early_stopping_patience")
     if patience is not None:
         extra.append(EarlyStoppingCallback(early_stopping_patience=patience))
@@ -107,10 +107,7 @@ def _of_task(run: Run) -> dict[str, Any]:
 
     if run.cfg.model.task == "causal_lm":
         return {}
-    return {
-        "compute_loss_func": classification.loss,
-        "compute_metrics": classification.trainer_metrics(run.data.space),
-    }
+    return {"compute_loss_func": classification.loss, "compute_metrics": classification.trainer_metrics(run.data.space)}
 
 
 def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
@@ -153,13 +150,6 @@ def _checkpoint_to_resume(run: Run) -> Path | None:
 
     name = run.ranks.on_main(look)
     return None if name is None else run.folder.path / name
-
-
-def _tensorboard(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 def _same_on_all_ranks(run: Run) -> str:
