@@ -3,6 +3,7 @@
 from .adapter import AdapterConfig, Applied, SparseAdapter
 from .attach import PlanRow, Tuner, attach
 from .delta import SparseDelta
+from .dynamic import DynamicMask
 from .errors import UserError
 from .mask import Budget, SparsityMask
 from .merge import merge, merge_report, subtract
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterConfig",
     "Applied",
     "Budget",
+    "DynamicMask",
     "HeadOutput",
     "Metric",
     "MultiHeadModel",

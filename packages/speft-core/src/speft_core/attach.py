@@ -19,6 +19,7 @@ from .errors import UserError, nearest
 from .fingerprint import fingerprint
 from .mask import SparsityMask, random_origin
 from .ops.plans import PLANS
+from .remask import Parked, remask, restore_parked, with_parked
 from .slots import AttachedForward, Slot, check_adaptable
 from .targets import base_parameters, owners_of
 
@@ -39,12 +40,14 @@ def attach(
     train_dense: Sequence[str] = (),
     backward: str = "auto",
     keep_dtype: torch.dtype | None = None,
+    keep_empty: bool = False,
 ) -> Tuner:
     """Make the `mask`'s entries of `model` trainable and freeze all else; returns the Tuner that holds them.
 
     mask: from find_mask, or your own. train_dense: modules or parameters (names or dotted suffixes) that are trained
     whole, such as a new head. backward: "auto" or a plan's name (see ops/plans.py) for every Linear. keep_dtype: what the
     input columns kept for backward are stored in, such as torch.bfloat16 to halve them (None: as they are, exact).
+    keep_empty: adapt parameters without entries too, so that a later mask may give them some (see remask.py).
 
     Forward writes base + values into the weights in place. UserError when the mask does not fit the model, when a tuner is
     attached already or an adapter applied, or for a name that matches nothing; the model is untouched then.
@@ -62,7 +65,7 @@ def attach(
     dense_names = _dense_names(model, mask, train_dense)
     if keep_dtype is not None and keep_dtype not in VALUE_DTYPES:
         raise UserError(f"keep_dtype must be None or one of {', '.join(str(d) for d in VALUE_DTYPES)}, got {keep_dtype}")
-    return Tuner(model, mask, dense_names, backward, keep_dtype)
+    return Tuner(model, mask, dense_names, backward, keep_dtype, keep_empty)
 
 
 def _dense_names(model: nn.Module, mask: SparsityMask, train_dense: Sequence[str]) -> list[str]:
@@ -107,7 +110,7 @@ class Tuner:
 
     def __init__(
         self, model: nn.Module, mask: SparsityMask, dense_names: list[str], backward: str,
-        keep_dtype: torch.dtype | None = None,
+        keep_dtype: torch.dtype | None = None, keep_empty: bool = False,
     ) -> None:
         self.model, self.mask = model, mask
         parameters, owners = base_parameters(model), owners_of(model)
@@ -119,10 +122,11 @@ class Tuner:
         self._slots: dict[str, list[Slot]] = {}
         self._forwards: list[AttachedForward] = []
         self._hooks: list[Any] = []
+        self.parked: dict[str, Parked] = {}  #: entries that an earlier mask trained and the present one does not
         by_module: dict[nn.Module, list[Slot]] = {}
         try:
             for name, indices_K in mask.indices.items():
-                if indices_K.numel() == 0:
+                if indices_K.numel() == 0 and not keep_empty:
                     continue  # a parameter of no elements breaks ZeRO-3 and FSDP
                 weight = parameters[name]
                 self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
@@ -248,7 +252,8 @@ class Tuner:
             slot = self._slots[name][0]
             rounded_K = values_K.detach().to(dtype or slot.weight.dtype)
             values_K.copy_(rounded_K)
-            deltas[name] = SparseDelta(slot.indices_K.cpu(), rounded_K.cpu().clone(), self.mask.shapes[name]).check(name)
+            delta = SparseDelta(slot.indices_K.cpu(), rounded_K.cpu().clone(), self.mask.shapes[name])
+            deltas[name] = with_parked(self, name, delta).check(name)
         self.sync()
         dense = {n: p.detach().cpu().clone() for n, p in self.dense.items()}
         return SparseAdapter(deltas, dense, self._config(config), {n: dict(f) for n, f in self.fingerprint.items()})
@@ -273,6 +278,10 @@ class Tuner:
         }
         return AdapterConfig(**{**ours, **given})
 
+    def remask(self, mask: SparsityMask, revert: bool = False) -> None:
+        """Train the entries of another `mask` from now on; those that leave keep their change (see remask.py)."""
+        remask(self, mask, revert)
+
     def detach(self) -> None:
         """Restore every bit of the base, dense parameters and requires_grad included. A second call does nothing."""
         if getattr(self.model, "_speft_tuner", None) is not self:
@@ -281,6 +290,7 @@ class Tuner:
             forward.remove()
         for hook in self._hooks:
             hook.remove()
+        restore_parked(self)
         self._remove_slots()
         with torch.no_grad():
             for name, parameter in self.dense.items():

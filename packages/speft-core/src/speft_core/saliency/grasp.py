@@ -14,8 +14,8 @@ from .accumulate import frozen, wide_dtype
 from .passes import Pass, Statistics, mean_gradient
 
 HESSIANS = ("auto", "exact", "finite")
-# Length of a finite difference over ‖θ‖. In fp32 on four pico architectures the error is 4e-5 to 7e-5 at 5e-5, and above 1e-4 both
-# at 2e-5 (rounding) and at 2e-4 (curvature; with ReLU, kinks stepped over). Parts of models compute in fp32 even when the
+# Length of a finite difference over ‖θ‖. In fp32 on four pico architectures the error is 4e-5 to 7e-5 at 5e-5, and above 1e-4
+# both at 2e-5 (rounding) and at 2e-4 (curvature; with ReLU, kinks stepped over). Parts of models compute in fp32 even when the
 # weights are float64, so the step does not depend on the dtype.
 STEP = 5e-5
 
