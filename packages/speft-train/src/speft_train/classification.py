@@ -185,7 +185,9 @@ def load_classifier(folder: str | Path, model_name: str | None = None) -> tuple[
         raise UserError(f"{folder} does not name its base model; give model_name")
     config = transformers.AutoConfig.from_pretrained(folder)
     where = models.locate(ModelConfig(name=name))
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(where, config=config, dtype=config.dtype)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        where, config=config, dtype=config.dtype, ignore_mismatched_sizes=True
+    )
     adapter.apply(model.eval())
     return model, transformers.AutoTokenizer.from_pretrained(where)
 

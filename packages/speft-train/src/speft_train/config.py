@@ -210,7 +210,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises a UserError of one line that names every mistake with its key's path.
     """
-    return from_mapping(read_layers(Path(path), overrides), name=str(path))
+    tree = read_layers(Path(path), overrides)
+    tree.pop("sweep", None)  # for `speft-train sweep` alone
+    return from_mapping(tree, name=str(path))
 
 
 def from_mapping(tree: Mapping[str, Any], name: str = "config") -> RunConfig:

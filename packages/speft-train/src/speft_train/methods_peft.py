@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,14 +133,25 @@ def applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Iterator[An
 
 
 def _save_as_lora(adapted: Any, first: dict[str, torch.Tensor], folder: Path) -> None:
-    """PiSSA subtracts its start from the weights; saved as LoRA of twice the rank it fits the untouched base."""
-    with tempfile.TemporaryDirectory() as start:
-        settings = adapted.peft_config["default"]
-        kept, settings.init_lora_weights = settings.init_lora_weights, True
-        settings.save_pretrained(start)
-        settings.init_lora_weights = kept
-        safetensors.torch.save_file(first, str(Path(start) / "adapter_model.safetensors"))
-        adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+    """PiSSA subtracts its start B0 A0 from the weights; saved as LoRA of twice the rank, [B, -B0] [A; A0], it fits the
+    untouched base.
+    """
+    import peft
+
+    now = peft.get_peft_model_state_dict(adapted)
+    both = {}
+    for name, tensor in now.items():
+        if ".lora_A." in name:
+            tensor = torch.cat([tensor, first[name]])
+        elif ".lora_B." in name:
+            tensor = torch.cat([tensor, -first[name]], dim=1)
+        both[name] = tensor.detach().cpu().contiguous()
+    mine = adapted.peft_config["default"]
+    settings = copy.copy(mine)
+    settings.r, settings.lora_alpha, settings.init_lora_weights = 2 * mine.r, 2 * mine.lora_alpha, True
+    settings.inference_mode = True
+    settings.save_pretrained(folder)
+    safetensors.torch.save_file(both, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _modules(model: Any, names: list[str]) -> dict[str, Any]:

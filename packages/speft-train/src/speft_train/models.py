@@ -50,7 +50,9 @@ def load_model(
     auto = getattr(transformers, TASKS[cfg.model.task])
     torch.manual_seed(cfg.seed)  # a fresh head starts the same in every run
     with _one_line_errors(cfg.model):
-        model = auto.from_pretrained(where, config=config, dtype=_dtype(cfg.model), **_source(cfg.model))
+        # A checkpoint that was a classifier of other classes gets a new head.
+        options = {**_source(cfg.model), "ignore_mismatched_sizes": labels is not None}
+        model = auto.from_pretrained(where, config=config, dtype=_dtype(cfg.model), **options)
     if cfg.model.name.startswith(bundled.PREFIX):
         model.config._name_or_path = cfg.model.name  # not the cache folder of this machine
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
@@ -140,14 +142,20 @@ def _dtype(cfg: ModelConfig) -> torch.dtype | str:
 def _check_task(cfg: ModelConfig, config: PretrainedConfig) -> None:
     """Encoders load as causal models without complaint, and then generate noise."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if cfg.task == "causal_lm" and (config.model_type not in CAUSAL or is_encoder(config)):
+        raise UserError(
+            f"model.task causal_lm needs a decoder; {cfg.name} is of type {config.model_type}:"
+            " use model.task=sequence_classification"
+        )
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether every token sees every other, as in BERT."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    kind = config.model_type
-    encoder = kind in MASKED and not getattr(config, "is_decoder", False) and "CausalLM" not in str(config.architectures)
-    if cfg.task == "causal_lm" and (kind not in CAUSAL or encoder):
-        raise UserError(
-            f"model.task causal_lm needs a decoder; {cfg.name} is of type {kind}: use model.task=sequence_classification"
-        )
+    decodes = getattr(config, "is_decoder", False) or "CausalLM" in str(config.architectures)
+    return config.model_type in MASKED and not decodes
 
 
 @contextmanager

@@ -35,6 +35,21 @@ def loss_curve(path: Path, history: Sequence[Mapping[str, Any]]) -> bool:
     return True
 
 
+def score_bars(path: Path, means: Mapping[str, Mapping[str, float]], spreads: Mapping[str, Mapping[str, float]]) -> None:
+    """Scores of a sweep: a panel a column, a bar a row, the spread over seeds as a whisker."""
+    figure = _figure(2.2 + 2.0 * len(means), 1.2 + 0.26 * max(map(len, means.values())))
+    for number, (column, scores) in enumerate(means.items()):
+        axes = figure.add_subplot(1, len(means), number + 1)
+        rows = list(scores)
+        axes.barh(rows, [scores[r] for r in rows], xerr=[spreads[column][r] for r in rows], color="0.6", height=0.7)
+        axes.set_title(column, fontsize=9)
+        axes.invert_yaxis()
+        low = min(scores.values())
+        axes.set_xlim(left=low - 0.25 * max(max(scores.values()) - low, 1e-3))
+        axes.tick_params(labelsize=7, labelleft=number == 0)
+    _write(path, figure)
+
+
 def place(name: str) -> tuple[str, str]:
     """(layer, module) of a parameter: the first number in its name, and what follows it."""
     found = re.search(r"\.(\d+)\.(.+)$", "." + name)

@@ -1,0 +1,203 @@
+"""`speft-train sweep`: run the cells of a table, skip those that are done, choose tuned settings on validation data,
+and write the table.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from speft_core.errors import UserError
+from speft_core.files import atomic_write
+
+from . import results, sweep_table
+from .config import to_yaml
+from .folder import RunFolder
+from .stages import STAGES
+from .sweep_config import LOWER_IS_BETTER, SCORES, Cell, Sweep, load_sweep
+
+# The child of a parallel sweep.
+RUN = "import sys; from speft_train.cli import main; sys.argv = ['speft-train', *sys.argv[1:]]; main()"
+
+
+@dataclass
+class Settings:
+    """How the cells are run."""
+
+    lock: Path | None = None  #: held while a cell runs
+    jobs: int = 1
+    devices: Sequence[str] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def execute(
+    config: Path, overrides: list[str], grid: list[str], seeds: int | None, dry_run: bool, settings: Settings
+) -> None:
+    """One sweep, from its file to its table. A cell that fails is told at the end; the others go on."""
+    console = Console()
+    sweep = load_sweep(config, overrides, grid, seeds)
+    if dry_run:
+        plan(sweep, console)
+        return
+    chosen = _tuned(sweep, console, settings) if len(sweep.candidates()) > 1 else {}
+    only = sweep.candidates()[0]
+    cells = [
+        sweep.cell(row, column, seed, chosen.get((row, column), only))
+        for seed in sweep.seeds
+        for column in sweep.columns
+        for row in sweep.rows
+        if (row, column) in chosen or not chosen
+    ]
+    run_cells(cells, console, settings)
+    sweep_table.write(sweep, [(cell, found) for cell in cells if (found := figures(cell)) is not None])
+    console.print((sweep.folder / sweep_table.MARKDOWN).read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    if settings.failed:
+        name, reason = next(iter(settings.failed.items()))
+        raise UserError(f"{len(settings.failed)} of {len(cells)} runs failed; the first, {name}: {reason}")
+
+
+def plan(sweep: Sweep, console: Console) -> None:
+    """What would be run, with the count of trained parameters of each row."""
+    from rich.table import Table
+
+    table = Table(title=f"{sweep.folder}: {len(sweep.seeds)} seeds", title_justify="left")
+    for heading in ("column", "row", "model", "k", "runs", "done"):
+        table.add_column(heading)
+    for column in sweep.columns:
+        for row in sweep.rows:
+            cells = [sweep.cell(row, column, seed, tuned) for tuned in sweep.candidates() for seed in sweep.seeds]
+            done = sum(is_done(cell) for cell in cells)
+            k = f"{planned_count(cells[0]):,}"
+            table.add_row(column, row, cells[0].cfg.model.name, k, str(len(cells)), str(done))
+    console.print(table)
+    console.print("Dry run: nothing was loaded, trained or written.", highlight=False)
+
+
+def planned_count(cell: Cell) -> int:
+    """Scalars that a cell would train, heads aside, from the model's configuration alone."""
+    from speft_core.targets import resolve_targets
+
+    from . import methods, models
+
+    model = models.meta_model(cell.cfg)
+    return methods.trained_count(model, cell.cfg, resolve_targets(model, cell.cfg.adapter.targets))
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether the last stage of a cell has run with this very config."""
+    folder, last = RunFolder(cell.cfg.output_dir), STAGES[-1]
+    return folder.path.is_dir() and folder.is_done(last.name, last.depends(cell.cfg), last.files)
+
+
+def figures(cell: Cell) -> dict[str, Any] | None:
+    """results.json of a finished cell."""
+    return results.read(RunFolder(cell.cfg.output_dir)) if is_done(cell) else None
+
+
+def run_cells(cells: Sequence[Cell], console: Console, settings: Settings) -> None:
+    """Run what is not done, one after the other here, or `jobs` at once in processes of their own."""
+    todo = [cell for cell in cells if not is_done(cell)]
+    if len(todo) < len(cells):
+        console.print(f"{len(cells) - len(todo)} of {len(cells)} runs are done already", highlight=False)
+    work: Callable[[tuple[int, Cell]], None] = lambda item: _one(item[1], item[0], len(todo), console, settings)  # noqa: E731
+    if settings.jobs == 1:
+        for item in enumerate(todo):
+            work(item)
+        return
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        list(pool.map(work, enumerate(todo)))
+
+
+def _one(cell: Cell, place: int, count: int, console: Console, settings: Settings) -> None:
+    started = time.perf_counter()
+    try:
+        if settings.jobs == 1:
+            with _holding(settings.lock):
+                started = time.perf_counter()
+                _here(cell)
+        else:
+            device = settings.devices[place % len(settings.devices)] if settings.devices else None
+            _elsewhere(cell, device)
+    except UserError as error:
+        settings.failed[cell.name] = str(error)
+        console.print(f"[{place + 1}/{count}] {cell.name}: failed: {error}", highlight=False, markup=False)
+        return
+    found = figures(cell) or {}
+    shown = found.get("adapted") or {}
+    text = ", ".join(f"{name} {shown[name]:.4f}" for name in SCORES if isinstance(shown.get(name), float))
+    seconds = time.perf_counter() - started
+    console.print(f"[{place + 1}/{count}] {cell.name}: {text} ({seconds:.1f} s)", highlight=False, markup=False)
+
+
+def _here(cell: Cell) -> None:
+    from . import cli, refusals
+
+    refusals.check(cell.cfg)
+    folder = RunFolder(cell.cfg.output_dir)
+    folder.check(cell.cfg)
+    cli.run_checked(cell.cfg, folder, Console(file=io.StringIO()))
+
+
+def _elsewhere(cell: Cell, device: str | None) -> None:
+    config = Path(cell.cfg.output_dir).with_suffix(".yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(config, to_yaml(cell.cfg))
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "run", str(config)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}")
+
+
+def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str, str], tuple[tuple[str, Any], ...]]:
+    """For each place of the table the candidate with the best validation score, by the first seed."""
+    cells = [
+        sweep.cell(row, column, sweep.seeds[0], tuned)
+        for column in sweep.columns
+        for row in sweep.rows
+        for tuned in sweep.candidates()
+    ]
+    run_cells(cells, console, settings)
+    best: dict[tuple[str, str], tuple[float, tuple[tuple[str, Any], ...]]] = {}
+    for cell in cells:
+        found = figures(cell)
+        if found is None:
+            continue
+        name = sweep.score(cell.column)
+        held = found["adapted"].get("validation") or found["adapted"]
+        if held is found["adapted"] and held.get("split") != "validation":
+            raise UserError("sweep.tune needs validation data: set data.validation or data.validation_from_train")
+        score = sweep_table.score_of(held, name)
+        rank = -score if name in LOWER_IS_BETTER else score
+        place = (cell.row, cell.column)
+        if place not in best or rank > best[place][0]:
+            best[place] = (rank, cell.tuned)
+    return {place: tuned for place, (_, tuned) in best.items()}
+
+
+@contextmanager
+def _holding(lock: Path | None) -> Iterator[None]:
+    """The lock file for as long as a cell runs, so that several sweeps on one machine take turns."""
+    if lock is None:
+        yield
+        return
+    import fcntl
+
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
