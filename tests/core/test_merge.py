@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
+
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.merge import merge, merge_report, stack_deltas, subtract
 from speft_core.merge_methods import METHODS, _drawn
@@ -17,7 +18,9 @@ from speft_core.merge_methods import METHODS, _drawn
 SHAPES = {"a.weight": (9, 7), "b.weight": (31,), "c.weight": (4, 5, 3)}
 
 
-def adapter(seed: int, density: float = 0.4, dtype: torch.dtype = torch.float32, positions: Any = None, shapes: Any = SHAPES) -> SparseAdapter:
+def adapter(
+    seed: int, density: float = 0.4, dtype: torch.dtype = torch.float32, positions: Any = None, shapes: Any = SHAPES
+) -> SparseAdapter:
     """A random adapter; `positions(name, numel)` may give its indices."""
     draw = torch.Generator().manual_seed(seed)
     deltas = {}
@@ -36,7 +39,9 @@ def dense(one: SparseAdapter, name: str) -> torch.Tensor:
 def same(a: SparseAdapter, b: SparseAdapter) -> bool:
     """Equal bit for bit: the same tensors, positions, dtypes and values."""
     return a.deltas.keys() == b.deltas.keys() and all(
-        torch.equal(x.indices_K, b.deltas[n].indices_K) and x.values_K.dtype == b.deltas[n].values_K.dtype and torch.equal(x.values_K, b.deltas[n].values_K)
+        torch.equal(x.indices_K, b.deltas[n].indices_K)
+        and x.values_K.dtype == b.deltas[n].values_K.dtype
+        and torch.equal(x.values_K, b.deltas[n].values_K)
         for n, x in a.deltas.items()
     )
 
@@ -60,7 +65,11 @@ def test_parity_with_peft(method: str, seed: int, monkeypatch: pytest.MonkeyPatc
         # PEFT takes one density for all, over dense tensors; it is given each adapter's own through its pruning function.
         counts = iter([peft_density(a.deltas[name], 0.55) for a in adapters])
         prune = merge_utils.magnitude_based_pruning
-        monkeypatch.setattr(merge_utils, "magnitude_based_pruning", lambda tensor, density, prune=prune, counts=counts: prune(tensor, next(counts)))
+        monkeypatch.setattr(
+            merge_utils,
+            "magnitude_based_pruning",
+            lambda tensor, density, prune=prune, counts=counts: prune(tensor, next(counts)),
+        )
         indices_U, stack = stack_deltas(name, [a.deltas[name] for a in adapters], WEIGHTS)
         draws = []
         for kept_U in _drawn(stack, 0.55, 3):
@@ -69,13 +78,9 @@ def test_parity_with_peft(method: str, seed: int, monkeypatch: pytest.MonkeyPatc
             draws.append(mask.view(SHAPES[name]))
         masks = iter(draws)
         monkeypatch.setattr(torch, "bernoulli", lambda tensor, masks=masks: next(masks))
-        expected = {
-            "weighted": lambda: merge_utils.task_arithmetic(tensors, weights),
-            "magnitude": lambda: merge_utils.magnitude_prune(tensors, weights, 0.55),
-            "ties": lambda: merge_utils.ties(tensors, weights, 0.55),
-            "dare": lambda: merge_utils.dare_linear(tensors, weights, 0.55),
-            "dare_ties": lambda: merge_utils.dare_ties(tensors, weights, 0.55),
-        }[method]()
+        theirs = {"weighted": "task_arithmetic", "magnitude": "magnitude_prune", "dare": "dare_linear"}.get(method, method)
+        options = {} if method == "weighted" else {"density": 0.55}
+        expected = getattr(merge_utils, theirs)(tensors, weights, **options)
         monkeypatch.undo()
         assert expected.abs().sum() > 0
         torch.testing.assert_close(dense(merged, name), expected, rtol=0, atol=1e-6)
@@ -89,7 +94,10 @@ def test_merging_one_adapter_is_the_identity(method: str, dtype: torch.dtype) ->
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=4, unique=True), st.sampled_from(["sum", "mean", "ties", "magnitude", "dare", "dare_ties"]))
+@given(
+    st.lists(st.integers(0, 10_000), min_size=2, max_size=4, unique=True),
+    st.sampled_from(["sum", "mean", "ties", "magnitude", "dare", "dare_ties"]),
+)
 def test_the_order_of_adapters_does_not_matter(seeds: list[int], method: str) -> None:
     density = 0.5 if METHODS[method].density else None
     adapters = [adapter(s) for s in seeds]
@@ -170,7 +178,9 @@ def test_dtypes_and_tensors_that_only_one_has() -> None:
     a = adapter(1, dtype=torch.bfloat16, shapes={"a.weight": (9, 7)})
     b = adapter(2, dtype=torch.float16, shapes={"b.weight": (31,)})
     merged = merge([a, b])
-    assert merged.deltas["a.weight"].values_K.dtype == torch.bfloat16 and merged.deltas["b.weight"].values_K.dtype == torch.float16
+    assert (
+        merged.deltas["a.weight"].values_K.dtype == torch.bfloat16 and merged.deltas["b.weight"].values_K.dtype == torch.float16
+    )
     both = merge([adapter(1, dtype=torch.bfloat16), adapter(2, dtype=torch.float16)])
     assert {d.values_K.dtype for d in both.deltas.values()} == {torch.float32}
     assert {d.values_K.dtype for d in merge([a, b], dtype=torch.float32).deltas.values()} == {torch.float32}
@@ -179,7 +189,9 @@ def test_dtypes_and_tensors_that_only_one_has() -> None:
 def test_figures() -> None:
     shape = (10,)
     a = SparseAdapter({"w": SparseDelta(torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([1.0, 2.0, 2.0]), shape)})
-    b = SparseAdapter({"w": SparseDelta(torch.tensor([2, 3, 0], dtype=torch.int32).sort().values, torch.tensor([3.0, -1.0, 4.0]), shape)})
+    b = SparseAdapter(
+        {"w": SparseDelta(torch.tensor([2, 3, 0], dtype=torch.int32).sort().values, torch.tensor([3.0, -1.0, 4.0]), shape)}
+    )
     (row,) = merge_report([a, b])
     assert (row.nnz, row.union, row.overlap, row.sign_conflicts) == ([3, 3], 4, 2, 1)
     assert row.norms == pytest.approx([3.0, 26**0.5]) and row.merged_norm == pytest.approx((16 + 4 + 1 + 16) ** 0.5)
@@ -196,20 +208,23 @@ def test_heads_that_differ_are_left_apart() -> None:
     assert merged.config.extra["merge"]["heads_left_apart"] == ["score.weight"]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"method": "tie"}, "Did you mean 'ties'"),
-    ({"method": "sum", "weights": [1, 2]}, "use 'weighted'"),
-    ({"method": "weighted"}, "needs weights"),
-    ({"method": "weighted", "weights": [1]}, "one for each adapter"),
-    ({"method": "weighted", "weights": [1, float("nan")]}, "finite"),
-    ({"method": "mean", "weights": [1, -1]}, "not add up to 0"),
-    ({"method": "sum", "density": 0.5}, "takes no density"),
-    ({"method": "ties", "density": 0}, "density must lie in"),
-    ({"method": "dare", "density": 1.5}, "density must lie in"),
-    ({"method": "ties", "density": float("nan")}, "density must lie in"),
-    ({"dtype": torch.int8}, "dtype must be"),
-    ({"names": ["x"]}, "names must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "tie"}, "Did you mean 'ties'"),
+        ({"method": "sum", "weights": [1, 2]}, "use 'weighted'"),
+        ({"method": "weighted"}, "needs weights"),
+        ({"method": "weighted", "weights": [1]}, "one for each adapter"),
+        ({"method": "weighted", "weights": [1, float("nan")]}, "finite"),
+        ({"method": "mean", "weights": [1, -1]}, "not add up to 0"),
+        ({"method": "sum", "density": 0.5}, "takes no density"),
+        ({"method": "ties", "density": 0}, "density must lie in"),
+        ({"method": "dare", "density": 1.5}, "density must lie in"),
+        ({"method": "ties", "density": float("nan")}, "density must lie in"),
+        ({"dtype": torch.int8}, "dtype must be"),
+        ({"names": ["x"]}, "names must be"),
+    ],
+)
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         merge([adapter(1), adapter(2)], **options)
@@ -221,7 +236,9 @@ def test_no_adapters_at_all() -> None:
 
 
 def test_a_merge_that_overflows_says_so() -> None:
-    big = SparseAdapter({"w": SparseDelta(torch.tensor([0], dtype=torch.int32), torch.tensor([60000.0], dtype=torch.float16), (4,))})
+    big = SparseAdapter(
+        {"w": SparseDelta(torch.tensor([0], dtype=torch.int32), torch.tensor([60000.0], dtype=torch.float16), (4,))}
+    )
     with pytest.raises(UserError, match="do not fit"):
         merge([big, big])
     assert merge([big, big], dtype=torch.float32).deltas["w"].values_K.item() == 120000.0
@@ -249,7 +266,9 @@ def test_fingerprints_survive_where_positions_do() -> None:
     a = adapter(1, shapes={"a.weight": (9, 7)})
     b = adapter(2, shapes={"a.weight": (9, 7), "b.weight": (31,)})
     for one in (a, b):
-        one.fingerprint.update({n: {"shape": list(d.shape), "base_float32": f"{n}{id(one)}", "sample": "s"} for n, d in one.deltas.items()})
+        one.fingerprint.update(
+            {n: {"shape": list(d.shape), "base_float32": f"{n}{id(one)}", "sample": "s"} for n, d in one.deltas.items()}
+        )
     merged = merge([a, b])
     assert merged.fingerprint["b.weight"] == b.fingerprint["b.weight"]
     assert merged.fingerprint["a.weight"] == {"shape": [9, 7], "sample": "s"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.merge import merge
 from speft_core.merge_files import merge_folders
@@ -23,7 +24,9 @@ def make(folder: Path, seed: int, tensors: int = 3, nnz: int = 50, dtype: torch.
         indices = torch.randperm(numel, generator=draw)[:nnz].sort().values.int()
         deltas[f"layers.{i}.weight"] = SparseDelta(indices, torch.randn(nnz, generator=draw).to(dtype), (4, nnz))
         prints[f"layers.{i}.weight"] = {"shape": [4, nnz], "base_float32": f"{seed}{i}", "sample": f"s{i}"}
-    adapter = SparseAdapter(deltas, {"score.weight": torch.full((2, 2), float(seed))}, AdapterConfig(base_model_name_or_path="acme/base"), prints)
+    adapter = SparseAdapter(
+        deltas, {"score.weight": torch.full((2, 2), float(seed))}, AdapterConfig(base_model_name_or_path="acme/base"), prints
+    )
     adapter.save(folder)
     return adapter
 
@@ -35,7 +38,9 @@ def test_from_disk_is_as_in_memory(tmp_path: Path, method: str, density: float |
     loaded, expected = SparseAdapter.load(tmp_path / "out"), merge(sources, method, density=density, names=["a", "b"])
     assert [r.name for r in rows] == list(expected.deltas) == list(loaded.deltas)
     for name, delta in expected.deltas.items():
-        assert torch.equal(loaded.deltas[name].indices_K, delta.indices_K) and torch.equal(loaded.deltas[name].values_K, delta.values_K)
+        assert torch.equal(loaded.deltas[name].indices_K, delta.indices_K) and torch.equal(
+            loaded.deltas[name].values_K, delta.values_K
+        )
         assert loaded.deltas[name].values_K.dtype == delta.values_K.dtype
     assert loaded.config == expected.config and loaded.dense == {}
     assert loaded.fingerprint == {n: p | {"shape": list(expected.deltas[n].shape)} for n, p in expected.fingerprint.items()}

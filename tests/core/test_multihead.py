@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pico
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification, PreTrainedModel
+
+import pico
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.merge import merge
 from speft_core.multihead import AdapterBank, MultiHeadModel
-from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 LLAMA_LAYER, BERT_LAYER = "model.layers.1.mlp.down_proj.weight", "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -25,14 +26,20 @@ def classifier(labels: int = 3, seed: int = 0) -> PreTrainedModel:
     return LlamaForSequenceClassification(config).eval()
 
 
-def adapter(model: PreTrainedModel, name: str, seed: int, head: dict[str, Any], positions: slice | None = None) -> SparseAdapter:
+def adapter(
+    model: PreTrainedModel, name: str, seed: int, head: dict[str, Any], positions: slice | None = None
+) -> SparseAdapter:
     """Twenty random changes to one matrix, at random or given positions, and a head."""
     draw = torch.Generator().manual_seed(seed)
     weight = dict(model.named_parameters())[name]
-    indices = torch.randperm(weight.numel(), generator=draw)[:20] if positions is None else torch.arange(weight.numel())[positions]
+    indices = (
+        torch.randperm(weight.numel(), generator=draw)[:20] if positions is None else torch.arange(weight.numel())[positions]
+    )
     indices = indices.sort().values.int()
     dense = {n: torch.randn(*shape, generator=draw) for n, shape in head.items()}
-    return SparseAdapter({name: SparseDelta(indices, torch.randn(len(indices), generator=draw), tuple(weight.shape))}, dense, AdapterConfig())
+    return SparseAdapter(
+        {name: SparseDelta(indices, torch.randn(len(indices), generator=draw), tuple(weight.shape))}, dense, AdapterConfig()
+    )
 
 
 def single(model: PreTrainedModel, one: SparseAdapter, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -55,7 +62,11 @@ def inputs(model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]:
 def test_one_forward_answers_every_task_as_its_own_model_would(kind: str) -> None:
     model = classifier() if kind == "llama" else pico.bert()
     name = LLAMA_LAYER if kind == "llama" else BERT_LAYER
-    head = (lambda n: {"score.weight": (n, 16)}) if kind == "llama" else (lambda n: {"classifier.weight": (n, 16), "classifier.bias": (n,)})
+    head = (
+        (lambda n: {"score.weight": (n, 16)})
+        if kind == "llama"
+        else (lambda n: {"classifier.weight": (n, 16), "classifier.bias": (n,)})
+    )
     a, b, c = (adapter(model, name, s, head(labels)) for s, labels in ((1, 2), (2, 5), (3, 1)))
     merged, batch = merge([a, b, c]), inputs(model, rows=4)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -65,7 +76,11 @@ def test_one_forward_answers_every_task_as_its_own_model_would(kind: str) -> Non
         answers = heads(**batch)
     hook.remove()
     assert len(calls) == 1
-    assert {t: o.kind for t, o in answers.items()} == {"sst2": "classification", "topic": "classification", "stsb": "regression"}
+    assert {t: o.kind for t, o in answers.items()} == {
+        "sst2": "classification",
+        "topic": "classification",
+        "stsb": "regression",
+    }
     for task, one in (("sst2", a), ("topic", b), ("stsb", c)):
         expected = single(model, SparseAdapter(merged.deltas, one.dense), batch)
         assert torch.equal(answers[task].logits, expected), task
@@ -83,7 +98,10 @@ def test_classification_regression_and_causal_heads_together_on_a_causal_model(t
     batch = inputs(model, rows=3)
     if left:
         batch = {k: v.flip(1) for k, v in batch.items()}
-    with MultiHeadModel(model, body, {"lm": {}, "sst2": {"score.weight": sst2}, "stsb": {"score.weight": stsb}}) as heads, torch.no_grad():
+    with (
+        MultiHeadModel(model, body, {"lm": {}, "sst2": {"score.weight": sst2}, "stsb": {"score.weight": stsb}}) as heads,
+        torch.no_grad(),
+    ):
         answers = heads(**batch)
         expected = model(**batch).logits
     assert torch.equal(answers["lm"].logits, expected)
@@ -121,9 +139,14 @@ def test_saved_and_loaded_as_a_unit(tmp_path: Path) -> None:
     model = classifier()
     a, b = adapter(model, LLAMA_LAYER, 1, {"score.weight": (2, 16)}), adapter(model, LLAMA_LAYER, 2, {"score.weight": (1, 16)})
     batch = inputs(model)
-    with MultiHeadModel(model, merge([a, b]), {"sst2": a.dense, "stsb": b.dense, "old": {}}, {"stsb": "classification"}) as heads:
+    with MultiHeadModel(
+        model, merge([a, b]), {"sst2": a.dense, "stsb": b.dense, "old": {}}, {"stsb": "classification"}
+    ) as heads:
         heads.save(tmp_path / "unit")
-    with MultiHeadModel(model, merge([a, b]), {"sst2": a.dense, "stsb": b.dense}, {"stsb": "classification"}) as heads, torch.no_grad():
+    with (
+        MultiHeadModel(model, merge([a, b]), {"sst2": a.dense, "stsb": b.dense}, {"stsb": "classification"}) as heads,
+        torch.no_grad(),
+    ):
         heads.save(tmp_path / "unit")
         expected = heads(**batch)
     assert sorted(p.name for p in (tmp_path / "unit" / "heads").iterdir()) == ["sst2.safetensors", "stsb.safetensors"]
@@ -134,7 +157,19 @@ def test_saved_and_loaded_as_a_unit(tmp_path: Path) -> None:
     assert SparseAdapter.load(tmp_path / "unit").nnz == merge([a, b]).nnz
 
 
-@pytest.mark.parametrize("text", ['{"format_version": 2, "heads": {}}', "[" * 99999, "{}", '{"format_version": 1, "heads": {}}', '{"format_version": 1, "heads": {"../x": {}}}', '{"format_version": 1, "heads": {"a": {"kind": "classification", "tensors": ["y"]}}}', '{"format_version": 1, "heads": {"a": {"kind": "x", "tensors": ["score.weight"]}}}', '{"format_version": 1, "heads": {"b": {"kind": "x", "tensors": ["score.weight"]}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format_version": 2, "heads": {}}',
+        "[" * 99999,
+        "{}",
+        '{"format_version": 1, "heads": {}}',
+        '{"format_version": 1, "heads": {"../x": {}}}',
+        '{"format_version": 1, "heads": {"a": {"kind": "classification", "tensors": ["y"]}}}',
+        '{"format_version": 1, "heads": {"a": {"kind": "x", "tensors": ["score.weight"]}}}',
+        '{"format_version": 1, "heads": {"b": {"kind": "x", "tensors": ["score.weight"]}}}',
+    ],
+)
 def test_damaged_heads_are_refused(tmp_path: Path, text: str) -> None:
     model = classifier()
     with MultiHeadModel(model, None, {"a": {"score.weight": torch.randn(2, 16)}}) as heads:
@@ -144,14 +179,17 @@ def test_damaged_heads_are_refused(tmp_path: Path, text: str) -> None:
         MultiHeadModel.load(tmp_path, model)
 
 
-@pytest.mark.parametrize("heads, message", [
-    ({}, "at least one"),
-    ({"../x": {}}, "task's name"),
-    ({"a": {"score.bias": torch.ones(2)}}, "no parameter 'score.bias'"),
-    ({"a": {"score.weight": torch.ones(2, 15)}}, "must have shape"),
-    ({"a": {"model.norm.weight": torch.ones(16)}}, "AdapterBank"),
-    ({"a": {"score.weight": torch.ones(2, 16), "model.norm.weight": torch.ones(16)}}, "AdapterBank"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "heads, message",
+    [
+        ({}, "at least one"),
+        ({"../x": {}}, "task's name"),
+        ({"a": {"score.bias": torch.ones(2)}}, "no parameter 'score.bias'"),
+        ({"a": {"score.weight": torch.ones(2, 15)}}, "must have shape"),
+        ({"a": {"model.norm.weight": torch.ones(16)}}, "AdapterBank"),
+        ({"a": {"score.weight": torch.ones(2, 16), "model.norm.weight": torch.ones(16)}}, "AdapterBank"),
+    ],
+)
 def test_heads_that_do_not_fit(heads: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         MultiHeadModel(classifier(), None, heads)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta
 from speft_core.fingerprint import fingerprint
-from torch import nn
 
 
 class Pico(nn.Module):
@@ -34,7 +35,13 @@ def pico_adapter(seed: int = 0, nnz: int = 20, model: Pico | None = None, dtype:
             deltas[name] = SparseDelta(indices, torch.randn(nnz, generator=draw).to(dtype), tuple(weight.shape))
             prints[name] = fingerprint(weight, indices)
     config = AdapterConfig(
-        base_model_name_or_path="acme/pico", base_model_revision="a" * 40, task_type="SEQ_CLS", metric="gradient", scope="global",
-        budget={"k": 2 * nnz}, targets=["layers"], seed=seed,
-    )  # fmt: skip
+        base_model_name_or_path="acme/pico",
+        base_model_revision="a" * 40,
+        task_type="SEQ_CLS",
+        metric="gradient",
+        scope="global",
+        budget={"k": 2 * nnz},
+        targets=["layers"],
+        seed=seed,
+    )
     return SparseAdapter(deltas, {"score.weight": torch.randn(3, 12, generator=draw)}, config, prints)

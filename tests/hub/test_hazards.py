@@ -12,13 +12,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+
+from hub.loopback import LoopbackHub
+from hub.loopback.store import Blob, git_oid, large_blob
 from speft_core import SparseAdapter, UserError
 from speft_hub import NotFound, pull, push
 from speft_hub.hub import check_endpoint
 from speft_hub.names import ALLOWED, size_limit
-
-from hub.loopback import LoopbackHub
-from hub.loopback.store import Blob, git_oid, large_blob
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -73,10 +73,27 @@ def replace(hub: LoopbackHub, files: dict[str, bytes | None], repo: str = "alice
 # File names
 
 HOSTILE_NAMES = [
-    "../evil", "/etc/evil", "~/evil", ".git/config", "a//b", ".bashrc", "heads/../../evil.safetensors", "C:\\evil", "heads\\x.safetensors",
-    "pytorch_model.bin", "adapter_model.bin", "modeling_evil.py", "ADAPTER_CONFIG.JSON", "heads/a/b.safetensors", ".eval_results/../x.yaml",
-    "README.md\n", "adapter_config.json\0", "heads/.safetensors", "adapter_model.safetensors.index.json", "",
-]  # fmt: skip
+    "../evil",
+    "/etc/evil",
+    "~/evil",
+    ".git/config",
+    "a//b",
+    ".bashrc",
+    "heads/../../evil.safetensors",
+    "C:\\evil",
+    "heads\\x.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "modeling_evil.py",
+    "ADAPTER_CONFIG.JSON",
+    "heads/a/b.safetensors",
+    ".eval_results/../x.yaml",
+    "README.md\n",
+    "adapter_config.json\0",
+    "heads/.safetensors",
+    "adapter_model.safetensors.index.json",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -105,7 +122,19 @@ def test_an_etag_is_no_file_name(published: LoopbackHub, target: Path, etag: str
     assert not Path("/tmp/speft_evil").exists()
 
 
-@pytest.mark.parametrize("url", ["http://hub.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example", "ftp://x", "file:///x", "http://10.0.0.1", "hub.example", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://hub.example",
+        "http://127.0.0.1.evil.example",
+        "http://localhost.evil.example",
+        "ftp://x",
+        "file:///x",
+        "http://10.0.0.1",
+        "hub.example",
+        "",
+    ],
+)
 def test_a_token_is_not_sent_over_plain_http(url: str, monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
     with pytest.raises(UserError, match="HF_ENDPOINT must be https"):
         check_endpoint(url)
@@ -116,7 +145,9 @@ def test_a_token_is_not_sent_over_plain_http(url: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("to", ["http://hub.example/x", "ftp://127.0.0.1/x", "file:///etc/passwd", "https://127.0.0.1/x", ""])
-def test_redirects_to_anything_but_https_are_refused(published: LoopbackHub, target: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirects_to_anything_but_https_are_refused(
+    published: LoopbackHub, target: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if to.startswith("https://127"):  # a hub on the network may not lead us to services of this machine
         monkeypatch.setattr("speft_hub.hub.is_loopback", lambda url: ":9/" not in url + ":9/" or url.startswith("https://127"))
         monkeypatch.setattr("speft_hub.hub.check_endpoint", lambda url: url)
@@ -155,7 +186,9 @@ def test_a_revision_must_resolve_to_a_sha(published: LoopbackHub, target: Path, 
     refuse(target, "no commit")
 
 
-def test_a_push_during_a_pull_does_not_mix_two_adapters(published: LoopbackHub, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_during_a_pull_does_not_mix_two_adapters(
+    published: LoopbackHub, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from speft_hub.hub import HubRegistry
 
     first, resolve = published.repos["alice/sst2"].branches["main"], HubRegistry.resolve
@@ -175,7 +208,9 @@ def test_a_push_during_a_pull_does_not_mix_two_adapters(published: LoopbackHub, 
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 500, 503])
-def test_an_earlier_copy_does_not_stand_in_for_an_answer(published: LoopbackHub, target: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_copy_does_not_stand_in_for_an_answer(
+    published: LoopbackHub, target: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     pull("alice/sst2", target.with_name("earlier"))
     published.inject("status", "/api/models/", code=code)
@@ -213,7 +248,11 @@ def test_more_bytes_than_announced_are_not_written(published: LoopbackHub, targe
 @pytest.mark.parametrize("name, size", [("README.md", 2 << 20), ("adapter_config.json", 100 << 20), (WEIGHTS, 1 << 40)])
 def test_listed_sizes_are_capped_by_kind(published: LoopbackHub, target: Path, name: str, size: int) -> None:
     published.inject("tree", entries=[{"type": "file", "path": name, "size": size, "oid": "0" * 40}])
-    files = [b.entry(p) for p, b in published.repos["alice/sst2"].commits[published.repos["alice/sst2"].branches["main"]].tree.items() if p != name]
+    files = [
+        b.entry(p)
+        for p, b in published.repos["alice/sst2"].commits[published.repos["alice/sst2"].branches["main"]].tree.items()
+        if p != name
+    ]
     published.faults.clear()
     published.inject("tree", entries=[*files, {"type": "file", "path": name, "size": size, "oid": "0" * 40}], replace=True)
     refuse(target, "at most")
@@ -224,17 +263,25 @@ def test_the_sum_is_capped(published: LoopbackHub, target: Path) -> None:
     refuse(target, "--max-bytes", max_bytes=100)
 
 
-def test_a_full_disk_is_seen_before_anything_is_fetched(published: LoopbackHub, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_seen_before_anything_is_fetched(
+    published: LoopbackHub, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((1, 1)) and type("U", (), {"free": 10})())
     refuse(target, "are free")
     assert not any("/resolve/" in path for _, path, _ in published.requests)
 
 
-@pytest.mark.parametrize("entry", [
-    {"size": -1, "oid": "0" * 40}, {"size": 5, "oid": "../../x"}, {"size": 5, "oid": "0" * 39}, {"size": "5", "oid": "0" * 40},
-    {"size": 5, "oid": "0" * 40, "lfs": {"oid": "zz", "size": 5, "pointerSize": 1}},
-    {"size": 5, "oid": "0" * 40, "lfs": {"oid": "0" * 64, "size": 6, "pointerSize": 1}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"size": -1, "oid": "0" * 40},
+        {"size": 5, "oid": "../../x"},
+        {"size": 5, "oid": "0" * 39},
+        {"size": "5", "oid": "0" * 40},
+        {"size": 5, "oid": "0" * 40, "lfs": {"oid": "zz", "size": 5, "pointerSize": 1}},
+        {"size": 5, "oid": "0" * 40, "lfs": {"oid": "0" * 64, "size": 6, "pointerSize": 1}},
+    ],
+)
 def test_listings_that_cannot_be(published: LoopbackHub, target: Path, entry: dict[str, Any]) -> None:
     published.inject("tree", entries=[{"type": "file", "path": "training_config.yaml"} | entry])
     refuse(target, "cannot be")
@@ -284,22 +331,51 @@ def with_tensors(folder: Path, change: Any) -> bytes:
 NAME = "layers.0.weight"
 
 
-@pytest.mark.parametrize("what, change", [
-    ("gaps past the end", lambda t: t.update({f"{NAME}.gaps": torch.cat([torch.tensor([8], dtype=torch.uint8), torch.full((20 * 8,), 255, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)])})),
-    ("gaps below zero", lambda t: t.update({f"{NAME}.gaps": torch.cat([torch.tensor([4], dtype=torch.uint8), torch.full((20 * 4,), 255, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)])})),
-    ("gaps cut", lambda t: t.update({f"{NAME}.gaps": t[f"{NAME}.gaps"][:-2].clone()})),
-    ("gaps of zero", lambda t: t.update({f"{NAME}.gaps": torch.zeros_like(t[f"{NAME}.gaps"])})),
-    ("not a number", lambda t: t[f"{NAME}.values"].__setitem__(3, float("nan"))),
-    ("infinite", lambda t: t[f"{NAME}.values"].__setitem__(3, float("inf"))),
-    ("integers", lambda t: t.update({f"{NAME}.values": t[f"{NAME}.values"].long()})),
-    ("a value too many", lambda t: t.update({f"{NAME}.values": torch.ones(21)})),
-    ("a value missing", lambda t: t.update({f"{NAME}.values": torch.ones(19)})),
-    ("another shape", lambda t: t.update({f"{NAME}.values": torch.ones(4, 5)})),
-    ("values gone", lambda t: t.pop(f"{NAME}.values")),
-    ("gaps gone", lambda t: t.pop(f"{NAME}.gaps")),
-    ("a stranger", lambda t: t.update({"stranger": torch.ones(2)})),
-    ("a head of nan", lambda t: t["dense.score.weight"].fill_(float("nan"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, change",
+    [
+        (
+            "gaps past the end",
+            lambda t: t.update(
+                {
+                    f"{NAME}.gaps": torch.cat(
+                        [
+                            torch.tensor([8], dtype=torch.uint8),
+                            torch.full((20 * 8,), 255, dtype=torch.uint8),
+                            torch.zeros(3, dtype=torch.uint8),
+                        ]
+                    )
+                }
+            ),
+        ),
+        (
+            "gaps below zero",
+            lambda t: t.update(
+                {
+                    f"{NAME}.gaps": torch.cat(
+                        [
+                            torch.tensor([4], dtype=torch.uint8),
+                            torch.full((20 * 4,), 255, dtype=torch.uint8),
+                            torch.zeros(3, dtype=torch.uint8),
+                        ]
+                    )
+                }
+            ),
+        ),
+        ("gaps cut", lambda t: t.update({f"{NAME}.gaps": t[f"{NAME}.gaps"][:-2].clone()})),
+        ("gaps of zero", lambda t: t.update({f"{NAME}.gaps": torch.zeros_like(t[f"{NAME}.gaps"])})),
+        ("not a number", lambda t: t[f"{NAME}.values"].__setitem__(3, float("nan"))),
+        ("infinite", lambda t: t[f"{NAME}.values"].__setitem__(3, float("inf"))),
+        ("integers", lambda t: t.update({f"{NAME}.values": t[f"{NAME}.values"].long()})),
+        ("a value too many", lambda t: t.update({f"{NAME}.values": torch.ones(21)})),
+        ("a value missing", lambda t: t.update({f"{NAME}.values": torch.ones(19)})),
+        ("another shape", lambda t: t.update({f"{NAME}.values": torch.ones(4, 5)})),
+        ("values gone", lambda t: t.pop(f"{NAME}.values")),
+        ("gaps gone", lambda t: t.pop(f"{NAME}.gaps")),
+        ("a stranger", lambda t: t.update({"stranger": torch.ones(2)})),
+        ("a head of nan", lambda t: t["dense.score.weight"].fill_(float("nan"))),
+    ],
+)
 def test_hostile_contents(published: LoopbackHub, adapter_dir: Path, target: Path, what: str, change: Any) -> None:
     replace(published, {WEIGHTS: with_tensors(adapter_dir, change)})
     refuse(target, "adapter|gaps|indices|values|finite|lists")
@@ -309,18 +385,39 @@ def config_of(adapter_dir: Path, **change: Any) -> bytes:
     return json.dumps(json.loads((adapter_dir / "adapter_config.json").read_text()) | change).encode()
 
 
-@pytest.mark.parametrize("config", [
-    b"[" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, b"", b"null", b"[]", b'"x"', b"{}", b"\xff\xfe", b'{"format_version": 1' + b"0" * 5000 + b"}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+        b"",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"{}",
+        b"\xff\xfe",
+        b'{"format_version": 1' + b"0" * 5000 + b"}",
+    ],
+)
 def test_hostile_json(published: LoopbackHub, target: Path, config: bytes) -> None:
     replace(published, {"adapter_config.json": config})
     refuse(target, "adapter_config.json|adapter|readable")
 
 
-@pytest.mark.parametrize("change", [
-    {"format_version": 99}, {"format_version": "1"}, {"format": "peft"}, {"tensors": None}, {"tensors": {NAME: {"shape": [-1, 5]}}}, {"tensors": {NAME: {"shape": [1 << 70]}}},
-    {"tensors": {NAME: {"shape": "x"}}}, {"tensors": {}}, {"tensors": []},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": 99},
+        {"format_version": "1"},
+        {"format": "peft"},
+        {"tensors": None},
+        {"tensors": {NAME: {"shape": [-1, 5]}}},
+        {"tensors": {NAME: {"shape": [1 << 70]}}},
+        {"tensors": {NAME: {"shape": "x"}}},
+        {"tensors": {}},
+        {"tensors": []},
+    ],
+)
 def test_hostile_configurations(published: LoopbackHub, adapter_dir: Path, target: Path, change: dict[str, Any]) -> None:
     replace(published, {"adapter_config.json": config_of(adapter_dir, **change)})
     refuse(target, ".")
@@ -328,9 +425,11 @@ def test_hostile_configurations(published: LoopbackHub, adapter_dir: Path, targe
 
 def test_random_masks_do_not_make_us_draw_without_bound(published: LoopbackHub, adapter_dir: Path, target: Path) -> None:
     huge = {NAME: {"shape": [1 << 17, 1 << 16]}}
-    for density in (1.0, 0.5, 1e-9, float('nan')):
+    for density in (1.0, 0.5, 1e-9, float("nan")):
         random = {"seed": 1, "mode": "bernoulli", "density": density}
-        weights = with_tensors(adapter_dir, lambda t: (t.pop(f"{NAME}.gaps"), t.pop("layers.1.weight.gaps"), t.pop("layers.1.weight.values")))
+        weights = with_tensors(
+            adapter_dir, lambda t: (t.pop(f"{NAME}.gaps"), t.pop("layers.1.weight.gaps"), t.pop("layers.1.weight.values"))
+        )
         replace(published, {"adapter_config.json": config_of(adapter_dir, random=random, tensors=huge), WEIGHTS: weights})
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         refuse(target, ".")
@@ -382,7 +481,11 @@ def test_a_damaged_folder_registry_is_seen(adapter_dir: Path, target: Path, tmp_
     objects = [p for p in (root / "objects").rglob("*") if p.is_file()]
     weights = max(objects, key=lambda p: p.stat().st_size)
     honest = weights.read_bytes()
-    for data, message in ((honest[:-1] + bytes([honest[-1] ^ 1]), "damaged or forged"), (honest + b"x", "more bytes"), (honest[:50], "cut short")):
+    for data, message in (
+        (honest[:-1] + bytes([honest[-1] ^ 1]), "damaged or forged"),
+        (honest + b"x", "more bytes"),
+        (honest[:50], "cut short"),
+    ):
         weights.write_bytes(data)
         refuse(target, message, address)
     weights.unlink()

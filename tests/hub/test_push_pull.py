@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from speft_core import SparseAdapter, UserError
-from speft_hub import CardFields, NotFound, StaleParent, parse, pull, push
 
 from hub.helpers import Pico, pico_adapter
 from hub.loopback import LoopbackHub
+from speft_core import SparseAdapter, UserError
+from speft_hub import CardFields, NotFound, StaleParent, parse, pull, push
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
 
@@ -45,7 +45,9 @@ def test_a_pulled_adapter_gives_the_same_logits_at_main_and_at_a_sha(address: st
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")] == []
 
 
-def test_a_second_push_keeps_history_and_an_old_sha_still_gives_the_old_adapter(address: str, adapter_dir: Path, tmp_path: Path) -> None:
+def test_a_second_push_keeps_history_and_an_old_sha_still_gives_the_old_adapter(
+    address: str, adapter_dir: Path, tmp_path: Path
+) -> None:
     first = push(adapter_dir, address)
     old = logits(SparseAdapter.load(adapter_dir))
     pico_adapter(seed=7).save(adapter_dir)
@@ -127,8 +129,12 @@ def test_only_an_adapters_own_files_are_sent_and_files_that_went_are_deleted(add
     reference = parse(address)
     tree = reference.registry.tree(reference.repo, pushed.sha)
     assert set(tree) - {".gitattributes"} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "density.svg", "training_config.yaml",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "density.svg",
+        "training_config.yaml",
+    }
     (adapter_dir / "training_config.yaml").unlink()
     again = push(adapter_dir, address)
     assert again.deleted == ["training_config.yaml"]
@@ -180,7 +186,9 @@ def test_a_path_of_this_machine_is_not_published(address: str, adapter_dir: Path
     assert "base_model: acme/pico-7b\nbase_model_relation: adapter\n" in (again / "README.md").read_text()
 
 
-def test_pulling_again_fetches_nothing_and_another_folder_is_not_overwritten(address: str, adapter_dir: Path, tmp_path: Path) -> None:
+def test_pulling_again_fetches_nothing_and_another_folder_is_not_overwritten(
+    address: str, adapter_dir: Path, tmp_path: Path
+) -> None:
     push(adapter_dir, address)
     target = tmp_path / "copy"
     assert pull(address, target).fetched
@@ -250,7 +258,9 @@ def test_a_private_folder_registry_is_closed_to_others(adapter_dir: Path, tmp_pa
     assert (tmp_path / "r/alice/secret").stat().st_mode & 0o077 == 0
 
 
-def test_gated_repositories_say_so(hub: LoopbackHub, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_repositories_say_so(
+    hub: LoopbackHub, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push(adapter_dir, "alice/gated")
     hub.repos["alice/gated"].gated = True
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
@@ -258,7 +268,9 @@ def test_gated_repositories_say_so(hub: LoopbackHub, adapter_dir: Path, tmp_path
         pull("alice/gated", tmp_path / "b")
 
 
-@pytest.mark.parametrize("text", ["sst2", "a/b/c", "alice/..", "../alice", "alice/x@", "alice/x@a b", "file://host/x", "file:x", "alice/x@-v"])
+@pytest.mark.parametrize(
+    "text", ["sst2", "a/b/c", "alice/..", "../alice", "alice/x@", "alice/x@a b", "file://host/x", "file:x", "alice/x@-v"]
+)
 def test_addresses_that_are_none(text: str, hub: LoopbackHub) -> None:
     with pytest.raises(UserError):
         parse(text)

@@ -33,7 +33,7 @@ class Request(BaseHTTPRequestHandler):
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         """Keep silent: tests read `hub.requests`."""
 
     def fault(self, kind: str) -> dict[str, Any] | None:

@@ -73,7 +73,13 @@ class Commit:
 
     def listed(self) -> dict[str, Any]:
         """The commit as `/commits` lists it."""
-        return {"id": self.id, "title": self.title, "message": self.message, "date": self.date, "authors": [{"user": self.author}]}
+        return {
+            "id": self.id,
+            "title": self.title,
+            "message": self.message,
+            "date": self.date,
+            "authors": [{"user": self.author}],
+        }
 
 
 @dataclass

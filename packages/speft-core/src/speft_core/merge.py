@@ -95,19 +95,19 @@ def check_same_base(sources: Sequence[Source], names: Sequence[str]) -> None:
     for source, name in zip(sources[1:], names[1:], strict=True):
         proven = False
         for tensor in (t for t in source.deltas if t in first.deltas):
-            a, b = first.fingerprint.get(tensor, {}), source.fingerprint.get(tensor, {})
-            shapes = [tuple(f["shape"]) for f in (a, b) if "shape" in f]
+            x, y = first.fingerprint.get(tensor, {}), source.fingerprint.get(tensor, {})
+            shapes = [tuple(f["shape"]) for f in (x, y) if "shape" in f]
             if len(shapes) == 2 and shapes[0] != shapes[1]:
                 raise UserError(f"{names[0]} and {name} have different bases: {tensor} has shapes {shapes[0]} and {shapes[1]}")
-            if "sample" in a and "sample" in b:
-                if a["sample"] != b["sample"]:
+            if "sample" in x and "sample" in y:
+                if x["sample"] != y["sample"]:
                     raise UserError(f"{names[0]} and {name} were trained on different bases: {tensor} has other values")
                 proven = True
         mine, other = first.config, source.config
-        if not proven and None not in (mine.base_model_name_or_path, other.base_model_name_or_path):
-            if mine.base_model_name_or_path != other.base_model_name_or_path:
-                bases = f"{mine.base_model_name_or_path!r} and {other.base_model_name_or_path!r}"
-                raise UserError(f"{names[0]} and {name} have different bases, {bases}; if they are the same model, pass check_base=False")
+        a, b = mine.base_model_name_or_path, other.base_model_name_or_path
+        if not proven and a is not None and b is not None and a != b:
+            hint = "if they are the same model, pass check_base=False"
+            raise UserError(f"{names[0]} and {name} have different bases, {a!r} and {b!r}; {hint}")
 
 
 def stack_deltas(name: str, deltas: Sequence[SparseDelta | None], weights: Sequence[float]) -> tuple[torch.Tensor, Stack]:
@@ -115,7 +115,9 @@ def stack_deltas(name: str, deltas: Sequence[SparseDelta | None], weights: Seque
     present = [d for d in deltas if d is not None]
     shapes = {d.shape for d in present}
     if len(shapes) > 1:
-        raise UserError(f"{name} has different shapes in the adapters: {', '.join(map(str, sorted(shapes)))}; they have different bases")
+        raise UserError(
+            f"{name} has different shapes in the adapters: {', '.join(map(str, sorted(shapes)))}; they have different bases"
+        )
     indices_U = torch.unique(torch.cat([d.indices_K.cpu() for d in present]))
     dtype = torch.float64 if any(d.values_K.dtype == torch.float64 for d in present) else torch.float32
     values_AU = torch.zeros(len(deltas), indices_U.numel(), dtype=dtype)
@@ -132,7 +134,7 @@ def merged_deltas(sources: Sequence[Source], recipe: Recipe) -> Iterator[tuple[s
     """Merge tensor after tensor: (name, merged delta, what was measured). Memory stays that of one tensor of all adapters."""
     tensors = list(dict.fromkeys(name for source in sources for name in source.deltas))
     for name in tensors:
-        deltas = [source.deltas[name] if name in source.deltas else None for source in sources]
+        deltas = [source.deltas.get(name) for source in sources]
         indices_U, stack = stack_deltas(name, deltas, recipe.weights)
         values_U, kept_U = METHODS[recipe.method].function(stack, recipe.density, recipe.seed)
         dtypes = [d.values_K.dtype for d in deltas if d is not None]
@@ -169,7 +171,9 @@ def merged_print(name: str, merged: SparseDelta, sources: Sequence[Source]) -> d
     return found
 
 
-def merged_config(sources: Sequence[Source], recipe: Recipe, names: Sequence[str], rows: Sequence[Row], apart: list[str]) -> AdapterConfig:
+def merged_config(
+    sources: Sequence[Source], recipe: Recipe, names: Sequence[str], rows: Sequence[Row], apart: list[str]
+) -> AdapterConfig:
     """What the sources agree on, and where the merge comes from."""
     configs = [s.config for s in sources]
 

@@ -139,7 +139,8 @@ def merge_folders(
 ) -> list[Row]:
     """`merge` for adapters on disk, into the new folder `out`; same options, same result, memory O(one tensor).
 
-    Returns what was measured, tensor by tensor. `keep_dense`: whether dense tensors that agree go along. `replace`: whether an existing `out` gives way.
+    Returns what was measured, tensor by tensor. `keep_dense`: whether dense tensors that agree go along.
+    `replace`: whether an existing `out` gives way.
     """
     recipe = make_recipe(len(folders), method, weights, density, seed, dtype)
     names = list(names) if names is not None else [Path(f).name for f in folders]

@@ -78,7 +78,8 @@ class MultiHeadModel:
         self.model, self.adapter = model, adapter
         reference = next(model.parameters())
         self.heads: dict[str, dict[str, torch.Tensor]] = {
-            task: {name: t.to(device=reference.device, dtype=reference.dtype) for name, t in head.items()} for task, head in heads.items()
+            task: {name: t.to(device=reference.device, dtype=reference.dtype) for name, t in head.items()}
+            for task, head in heads.items()
         }
         self._native, self._foreign, self._path = self._sort_heads()
         self.kinds = {task: self._kind(task, (kinds or {}).get(task)) for task in heads}
@@ -99,7 +100,9 @@ class MultiHeadModel:
                 foreign[task] = next(iter(head.values()))
             else:
                 missing = next(name for name in head if name not in own)
-                raise UserError(f"head {task!r}: the model has no parameter {missing!r}; only score.weight and lm_head.weight may be foreign")
+                raise UserError(
+                    f"head {task!r}: the model has no parameter {missing!r}; only score.weight and lm_head.weight may be"
+                )
         path = self._head_path({name for head in native.values() for name in head}) if native else ""
         prefix = path + "." if path else ""
         inner: dict[str, dict[str, torch.Tensor]] = {}
@@ -117,7 +120,9 @@ class MultiHeadModel:
     def _check_shape(task: str, name: str, tensor: torch.Tensor, own: torch.Tensor) -> None:
         """A head's tensor may differ from the model's in the number of labels (the first dimension) alone."""
         if tensor.dim() != own.dim() or tensor.shape[1:] != own.shape[1:]:
-            raise UserError(f"head {task!r}: {name} must have shape (labels, *{tuple(own.shape[1:])}), got {tuple(tensor.shape)}")
+            raise UserError(
+                f"head {task!r}: {name} must have shape (labels, *{tuple(own.shape[1:])}), got {tuple(tensor.shape)}"
+            )
 
     def _head_path(self, names: set[str]) -> str:
         """The module under which all heads' parameters lie: the part of the model that is run once per task."""
@@ -137,7 +142,9 @@ class MultiHeadModel:
         body = getattr(self.model, "base_model_prefix", "")
         if not common or (common[0] == body and self._backbone() is not None):
             listed = ", ".join(sorted(names))
-            raise UserError(f"heads must lie in one module on top of the body to share a forward, got {listed}; use AdapterBank")
+            raise UserError(
+                f"heads must lie in one module on top of the body to share a forward, got {listed}; use AdapterBank"
+            )
         return ".".join(common)
 
     def _backbone(self) -> nn.Module | None:
@@ -193,7 +200,9 @@ class MultiHeadModel:
             found[task] = self._on_hidden(self.kinds[task], weight, hidden[-1], batch)
         return {task: HeadOutput(found[task], self.kinds[task]) for task in self.heads}
 
-    def _on_hidden(self, kind: str, weight_LD: torch.Tensor, hidden_BTD: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _on_hidden(
+        self, kind: str, weight_LD: torch.Tensor, hidden_BTD: torch.Tensor, batch: Mapping[str, Any]
+    ) -> torch.Tensor:
         if kind == "causal":
             return nn.functional.linear(hidden_BTD, weight_LD)
         last_B = last_tokens(hidden_BTD, batch, getattr(getattr(self.model, "config", None), "pad_token_id", None))
@@ -267,7 +276,9 @@ class AdapterBank:
         answers: list[torch.Tensor | None] = [None] * len(routes)
         for name in dict.fromkeys(routes):
             rows = [i for i, route in enumerate(routes) if route == name]
-            part = {k: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (len(routes),) else v for k, v in batch.items()}
+            part = {
+                k: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (len(routes),) else v for k, v in batch.items()
+            }
             if name is None:
                 logits = self.model(**part).logits
             else:

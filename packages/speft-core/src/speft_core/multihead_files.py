@@ -41,7 +41,10 @@ def save_heads(folder: str | Path, heads: Mapping[str, Head], kinds: Mapping[str
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.items()}
         path = folder / HEADS_FOLDER / f"{task}.safetensors"
         atomic_write(path, lambda file, tensors=tensors: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"}))
-    record = {"format_version": HEADS_VERSION, "heads": {task: {"kind": kinds.get(task), "tensors": list(head)} for task, head in heads.items()}}
+    record = {
+        "format_version": HEADS_VERSION,
+        "heads": {task: {"kind": kinds.get(task), "tensors": list(head)} for task, head in heads.items()},
+    }
     atomic_write(folder / HEADS_FILE, json.dumps(record, indent=2) + "\n")
     for stale in (folder / HEADS_FOLDER).glob("*.safetensors"):
         if stale.stem not in heads:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from speft_core import SparseAdapter, UserError
 
 from . import licences, names
@@ -72,7 +73,10 @@ class Rendered:
 
 def find_results(folder: Path) -> Path | None:
     """The figures of the run that made an adapter: in its folder, or in the run's folder when it is `RUN/adapter`."""
-    beside = [folder / "results.json", *([folder.resolve().parent / "results.json"] if folder.resolve().name == "adapter" else [])]
+    beside = [
+        folder / "results.json",
+        *([folder.resolve().parent / "results.json"] if folder.resolve().name == "adapter" else []),
+    ]
     return next((path for path in beside if path.is_file()), None)
 
 
@@ -149,16 +153,28 @@ def _summary(adapter: SparseAdapter, folder: Path, base: str | None) -> str:
     rows = [
         ("Base model", plain(base or "not recorded")),
         ("Base commit", plain(config.base_model_revision or "not recorded")),
-        ("Changed parameters", f"{adapter.nnz:,} of {numel:,} ({100 * adapter.nnz / max(1, numel):.3g} % of {len(adapter.deltas)} tensors)"),
+        (
+            "Changed parameters",
+            f"{adapter.nnz:,} of {numel:,} ({100 * adapter.nnz / max(1, numel):.3g} % of {len(adapter.deltas)} tensors)",
+        ),
         ("Whole tensors (heads)", f"{dense:,} parameters in {len(adapter.dense)}" if dense else "none"),
-        ("Size", f"{size:,} bytes, {size / max(1, adapter.nnz + dense):.2f} a parameter, values in {', '.join(dtypes) or 'none'}"),
-        ("Selection", plain(f"{config.metric or 'not recorded'}, {config.scope or 'no'} scope; {budget or 'budget not recorded'}")),
+        (
+            "Size",
+            f"{size:,} bytes, {size / max(1, adapter.nnz + dense):.2f} a parameter, values in {', '.join(dtypes) or 'none'}",
+        ),
+        (
+            "Selection",
+            plain(f"{config.metric or 'not recorded'}, {config.scope or 'no'} scope; {budget or 'budget not recorded'}"),
+        ),
         ("Targets", plain(", ".join(config.targets) or "not recorded")),
         ("Seed", plain("not recorded" if config.seed is None else config.seed)),
         ("Made with", plain(", ".join(f"{k} {v}" for k, v in config.library_versions.items()) or "not recorded")),
     ]
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
-    intro = "A sparse change to a frozen base model: a list of single weights and what is added to each. It goes on and comes off exactly."
+    intro = (
+        "A sparse change to a frozen base model: a list of single weights and what is added to each."
+        " It goes on and comes off exactly."
+    )
     return intro + "\n\n" + "\n".join(lines)
 
 
@@ -196,8 +212,13 @@ python -c 'from transformers import {kind} as M; M.from_pretrained("{name}-full"
 def _results(evaluations: list[Evaluation]) -> str:
     if not evaluations:
         return ""
-    rows = [f"| {plain(e.dataset)} | {plain(e.split)} | {plain(e.metric)} | {'' if e.base is None else f'{e.base:.4g}'} | {e.value:.4g} |" for e in evaluations]
-    return "\n".join(["## Results", "", "| data set | split | metric | base | with this adapter |", "|---|---|---|---|---|", *rows])
+    rows = []
+    for e in evaluations:
+        before = "" if e.base is None else f"{e.base:.4g}"
+        rows.append(f"| {plain(e.dataset)} | {plain(e.split)} | {plain(e.metric)} | {before} | {e.value:.4g} |")
+    return "\n".join(
+        ["## Results", "", "| data set | split | metric | base | with this adapter |", "|---|---|---|---|---|", *rows]
+    )
 
 
 def _density(adapter: SparseAdapter) -> str:
@@ -206,7 +227,9 @@ def _density(adapter: SparseAdapter) -> str:
     if len(rows) > 60:
         lines.append(f"| and {len(rows) - 60} more | | | |")
     picture = f"![Density by layer and matrix]({names.PICTURE})"
-    return "\n".join(["## Where it changes the model", "", picture, "", "| matrix | layers | kept | density |", "|---|---|---|---|", *lines])
+    return "\n".join(
+        ["## Where it changes the model", "", picture, "", "| matrix | layers | kept | density |", "|---|---|---|---|", *lines]
+    )
 
 
 def _training(folder: Path) -> str:

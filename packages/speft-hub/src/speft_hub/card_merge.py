@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
 from speft_core import UserError
 
 from .card import Rendered
@@ -78,13 +79,13 @@ def take_apart(text: str, where: str) -> Card:
         except (ValueError, RecursionError):
             record = {}
         body = body[: last.start()]
-    return Card(metadata, body.strip("\n"), {name: text for name, text in SECTION.findall(body)}, record)
+    return Card(metadata, body.strip("\n"), dict(SECTION.findall(body)), record)
 
 
 def put_together(metadata: dict[str, Any], body: str, record: dict[str, Any]) -> str:
     """The text of a card; the record of what people have goes last."""
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
-    card = Card(metadata, body, {name: text for name, text in SECTION.findall(body)})
+    card = Card(metadata, body, dict(SECTION.findall(body)))
     record = record | {"state": card.state()}
     return f"---\n{front}---\n\n{body.strip()}\n\n<!-- speft:card {json.dumps(record, sort_keys=True)} -->\n"
 
@@ -99,7 +100,9 @@ def _known(record: dict[str, Any], kind: str) -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def merge_cards(new: Rendered, local: str | None, hub: str | None, prefer: str = "auto", explicit: set[str] | None = None) -> str:
+def merge_cards(
+    new: Rendered, local: str | None, hub: str | None, prefer: str = "auto", explicit: set[str] | None = None
+) -> str:
     """The card to publish: `new` inside, what people wrote in the folder's card or the repository's around it.
 
     `prefer` ("auto", "local", "hub") settles which of two edited cards is kept; "auto" raises UserError for that case.

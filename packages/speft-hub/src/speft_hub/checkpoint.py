@@ -15,14 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from speft_core import UserError
 
 HEADER_LIMIT = 100 << 20
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
@@ -145,7 +155,9 @@ class Checkpoint:
 def _as_tensor(mapped: np.ndarray, place: Place) -> torch.Tensor:
     flat = torch.from_numpy(mapped)
     if place.start % place.dtype.itemsize and flat.data_ptr() % place.dtype.itemsize:
-        raise UserError(f"{place.file}: a tensor is not aligned in its file; save the checkpoint again with safetensors 0.4 or later")
+        raise UserError(
+            f"{place.file}: a tensor is not aligned in its file; save the checkpoint again with safetensors 0.4 or later"
+        )
     return flat.view(place.dtype).view(place.shape)
 
 

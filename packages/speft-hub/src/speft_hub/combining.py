@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
 from speft_core.merge_files import AdapterFile, merge_folders
@@ -28,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pinned(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Each source as it is fetched (repositories pinned to a commit) and as the provenance calls it (no path of this machine)."""
+    """Each source as it is fetched (repositories pinned to a commit) and as the provenance calls it, without local paths."""
     addresses, called = [], []
     for text in texts:
         if is_reference(text):
@@ -57,7 +58,13 @@ def check_out(out: str | Path, force: bool) -> Path:
 
 
 def merge_adapters(
-    sources: Sequence[str], out: str | Path, *, force: bool = False, progress: Progress | None = None, dtype: str | None = None, **options: Any
+    sources: Sequence[str],
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    dtype: str | None = None,
+    **options: Any,
 ) -> list[Row]:
     """Merge folders and repositories into the new folder `out`; options as of `speft_core.merge`. Returns the figures."""
     out = check_out(out, force)
@@ -95,7 +102,9 @@ def multihead(
     addresses, called = pinned(sources)
     tasks = list(tasks) if tasks else [re.sub(r"[^A-Za-z0-9_-]", "_", c.partition("@")[0].rsplit("/", 1)[-1]) for c in called]
     if len(tasks) != len(sources) or len(set(tasks)) != len(tasks):
-        raise UserError(f"tasks must be one distinct name for each adapter ({len(sources)}), got {', '.join(tasks)}; pass --task for each")
+        raise UserError(
+            f"tasks must be one distinct name for each adapter ({len(sources)}), got {', '.join(tasks)}; pass --task for each"
+        )
     with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
         merge_folders(folders, beside, dtype=kind, names=called, keep_dense=False, replace=True, **options)
         heads, kinds = {}, {}

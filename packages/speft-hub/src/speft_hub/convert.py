@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.files import atomic_folder
 from speft_core.fingerprint import fingerprint
@@ -54,17 +55,26 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is no readable safetensors file: {error}") from None
 
 
-def _delta(name: str, positions_NK: torch.Tensor, values_K: torch.Tensor, base: Checkpoint) -> tuple[SparseDelta, dict[str, Any]]:
+def _delta(
+    name: str, positions_NK: torch.Tensor, values_K: torch.Tensor, base: Checkpoint
+) -> tuple[SparseDelta, dict[str, Any]]:
     """Positions given one row a dimension, in any order, as a checked delta with the fingerprint of its base."""
     keys = base.keys_of(name)
     if not keys:
         raise UserError(f"{name}: the base {base.folder} has no such tensor; it is another base")
     shape = base.places[keys[0]].shape
-    if positions_NK.dim() != 2 or positions_NK.shape[0] != len(shape) or positions_NK.shape[1] != values_K.numel() or values_K.dim() != 1:
-        raise UserError(f"{name}: positions of shape {tuple(positions_NK.shape)} do not fit {values_K.numel()} values of a tensor of {shape}")
+    if (
+        positions_NK.dim() != 2
+        or positions_NK.shape[0] != len(shape)
+        or positions_NK.shape[1] != values_K.numel()
+        or values_K.dim() != 1
+    ):
+        raise UserError(
+            f"{name}: positions of shape {tuple(positions_NK.shape)} do not fit {values_K.numel()} values in {shape}"
+        )
     rows = positions_NK.long()
     for size, row_K in zip(shape, rows, strict=True):
-        if row_K.numel() and not (0 <= int(row_K.min()) and int(row_K.max()) < size):
+        if row_K.numel() and not (int(row_K.min()) >= 0 and int(row_K.max()) < size):
             raise UserError(f"{name}: positions must lie within {shape}, got {int(row_K.min())} to {int(row_K.max())}")
     flat_K = torch.zeros(values_K.numel(), dtype=torch.int64)
     for size, row_K in zip(shape, rows, strict=True):
@@ -126,11 +136,18 @@ def to_shira(adapter: SparseAdapter, out: Path) -> None:
     for name, tensor in adapter.dense.items():
         tensors[PEFT_PREFIX + name] = tensor.clone()
     config = {
-        "peft_type": "SHIRA", "task_type": adapter.config.task_type, "base_model_name_or_path": adapter.config.base_model_name_or_path,
-        "revision": adapter.config.base_model_revision, "r": int(ranks[first]), "mask_type": "random", "inference_mode": True,
-        "target_modules": sorted(n.removesuffix(".weight") for n in adapter.deltas), "init_weights": True, "fan_in_fan_out": False,
+        "peft_type": "SHIRA",
+        "task_type": adapter.config.task_type,
+        "base_model_name_or_path": adapter.config.base_model_name_or_path,
+        "revision": adapter.config.base_model_revision,
+        "r": int(ranks[first]),
+        "mask_type": "random",
+        "inference_mode": True,
+        "target_modules": sorted(n.removesuffix(".weight") for n in adapter.deltas),
+        "init_weights": True,
+        "fan_in_fan_out": False,
         "modules_to_save": sorted({n.rpartition(".")[0] for n in adapter.dense}) or None,
-    }  # fmt: skip
+    }
     with atomic_folder(out) as beside:
         safetensors.torch.save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
         (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -149,7 +166,9 @@ def from_sparta(folder: Path, base: Checkpoint) -> SparseAdapter:
     stored = _sparta_file(folder, "sparse_deltas")
     config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if any((folder / f"new_embeddings_init.{kind}").is_file() for kind in ("pt", "safetensors")):
-        raise UserError(f"{folder} adds tokens to the vocabulary, which a sparse adapter cannot; export that model and use `diff`")
+        raise UserError(
+            f"{folder} adds tokens to the vocabulary, which a sparse adapter cannot; export that model and use `diff`"
+        )
     deltas, dense, prints = {}, {}, {}
     for key in sorted(k for k in stored if k.startswith("deltas\t")):
         name, values = key.partition("\t")[2], stored[key]
@@ -159,7 +178,9 @@ def from_sparta(folder: Path, base: Checkpoint) -> SparseAdapter:
         if name == "score.weight":
             start = next(iter(_sparta_file(folder, "head_init").values()))
             if values.numel() != start.numel():
-                raise UserError(f"{folder}: the head has {start.numel()} entries and {values.numel()} changes; it must be whole")
+                raise UserError(
+                    f"{folder}: the head has {start.numel()} entries and {values.numel()} changes; it must be whole"
+                )
             dense[name] = (start.float() + values.float().view(start.shape)).to(start.dtype)
         elif values.numel():
             deltas[name], prints[name] = _delta(name, positions.T, values, base)

@@ -51,7 +51,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
         from speft_core.multihead import load_heads
 
         heads, kinds = load_heads(folder)
-        found["heads"] = {t: {"kind": kinds[t], "tensors": {n: list(x.shape) for n, x in head.items()}} for t, head in heads.items()}
+        found["heads"] = {
+            t: {"kind": kinds[t], "tensors": {n: list(x.shape) for n, x in head.items()}} for t, head in heads.items()
+        }
     return found
 
 

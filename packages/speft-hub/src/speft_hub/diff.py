@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.fingerprint import fingerprint
 from speft_core.gaps import index_dtype
@@ -138,7 +139,9 @@ def adapter_between(a: str | Path, b: str | Path, top_k: int | None = None, base
     extra = {"difference_of": [Path(a).name, Path(b).name]}
     budget = {} if top_k is None else {"k": top_k}
     name = base_model or str(Path(a).resolve())
-    return SparseAdapter(deltas, {}, AdapterConfig(base_model_name_or_path=name, metric="difference", budget=budget, extra=extra), prints)
+    return SparseAdapter(
+        deltas, {}, AdapterConfig(base_model_name_or_path=name, metric="difference", budget=budget, extra=extra), prints
+    )
 
 
 def _at_least(delta: SparseDelta, smallest: torch.Tensor, top_k: int) -> SparseDelta:

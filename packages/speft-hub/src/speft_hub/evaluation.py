@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from speft_core import UserError
 
 from .licences import HUB_ID, check_number
@@ -81,7 +82,8 @@ def model_index(name: str, evaluations: list[Evaluation]) -> list[dict[str, Any]
     for e in evaluations:
         new = {
             "task": {"type": e.task},
-            "dataset": {"name": e.dataset, "type": e.dataset, "split": e.split} | ({"revision": e.revision} if e.revision else {}),
+            "dataset": {"name": e.dataset, "type": e.dataset, "split": e.split}
+            | ({"revision": e.revision} if e.revision else {}),
             "metrics": [],
         }
         entry = results.setdefault((e.dataset, e.split, e.task), new)

@@ -15,6 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
+
 from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
 from speft_core.fingerprint import check_fingerprint
@@ -109,7 +110,9 @@ def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside:
         for key in keys:
             with checkpoint.tensor(key, write=True) as weight:
                 if weight.shape != tensor.shape:
-                    raise UserError(f"{name} has shape {tuple(tensor.shape)} in the adapter and {tuple(weight.shape)} in the base; use a base without a head")
+                    raise UserError(
+                        f"{name} has shape {tuple(tensor.shape)}, in the base {tuple(weight.shape)}; use a base without a head"
+                    )
                 weight.copy_(tensor)
         if not keys:
             common = next((p.dtype for p in checkpoint.places.values() if p.dtype.is_floating_point), tensor.dtype)
@@ -132,9 +135,13 @@ def _write_config(folder: Path, adapter: SparseAdapter, base: dict[str, Any], be
     if (folder / "config.json").is_file():
         own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if own.get("model_type") == base.get("model_type"):
-            kept = {k: v for k, v in own.items() if k not in ("dtype", "torch_dtype", "transformers_version", "quantization_config")}
+            kept = {
+                k: v for k, v in own.items() if k not in ("dtype", "torch_dtype", "transformers_version", "quantization_config")
+            }
             config = base | kept
-    head = next((t for n, t in adapter.dense.items() if n in ("score.weight", "classifier.weight", "classifier.out_proj.weight")), None)
+    head = next(
+        (t for n, t in adapter.dense.items() if n in ("score.weight", "classifier.weight", "classifier.out_proj.weight")), None
+    )
     architectures = config.get("architectures") or []
     if head is not None and not any("SequenceClassification" in str(a) for a in architectures):
         config["architectures"] = [_classifier(str(a)) for a in architectures]
@@ -163,8 +170,8 @@ def _card(adapter: SparseAdapter, base: str, name: str) -> str:
     metadata["tags"] = ["speft", "sparse"]
     CardFields(base_model=base if on_hub else None).check()
     body = (
-        f"# {plain(name)}\n\n{plain(public or 'the base model')} with {adapter.nnz:,} single weights changed by a sparse adapter"
-        f" (selection: {plain(adapter.config.metric or 'not recorded')}), exported as a plain checkpoint: loads in Transformers, lm-eval and vLLM"
-        " without speft.\n"
+        f"# {plain(name)}\n\n{plain(public or 'the base model')} with {adapter.nnz:,} single weights changed by a sparse"
+        f" adapter (selection: {plain(adapter.config.metric or 'not recorded')}), exported as a plain checkpoint:"
+        " loads in Transformers, lm-eval and vLLM without speft.\n"
     )
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{body}"

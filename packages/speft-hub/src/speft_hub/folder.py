@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from filelock import FileLock
+
 from speft_core import UserError
 from speft_core.files import atomic_write
 
@@ -57,7 +58,11 @@ class FolderRegistry:
     def _root(self, repo: str) -> Path:
         root = Path(repo)
         if not (root / MARK).is_file():
-            hint = "; this folder is an adapter itself, give its path without file://" if (root / "adapter_config.json").exists() else ""
+            hint = (
+                "; this folder is an adapter itself, give its path without file://"
+                if (root / "adapter_config.json").exists()
+                else ""
+            )
             raise NotFound(f"repository {self.address(repo)} not found{hint}")
         try:
             mark = json.loads(_read_small(root / MARK, self.address(repo)))
@@ -145,7 +150,9 @@ class FolderRegistry:
         atomic_write(root / "refs" / "heads" / _quoted(branch), sha + "\n")
         return sha
 
-    def commit(self, repo: str, branch: str, parent: str, add: Mapping[str, Content], delete: Sequence[str], message: str) -> str:
+    def commit(
+        self, repo: str, branch: str, parent: str, add: Mapping[str, Content], delete: Sequence[str], message: str
+    ) -> str:
         root = self._root(repo)
         with self._locked(root):
             self._sweep(root)

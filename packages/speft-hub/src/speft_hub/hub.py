@@ -19,6 +19,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
+
 from speft_core import UserError
 
 from .registry import SHA, Commit, Content, Dropped, Entry, Listed, NotFound, References, StaleParent
@@ -56,7 +57,9 @@ def _plainly(what: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise NotFound(f"{what} is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN") from None
+        raise NotFound(
+            f"{what} is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
+        ) from None
     except errors.RepositoryNotFoundError:
         raise NotFound(f"{what} not found; if it is private, log in with `hf auth login` or set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
@@ -75,7 +78,9 @@ def _plainly(what: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
     except httpx.HTTPError as error:
-        raise UserError(f"{what}: no answer from {constants.ENDPOINT} ({type(error).__name__}: {error})".replace("\n", " ")) from None
+        raise UserError(
+            f"{what}: no answer from {constants.ENDPOINT} ({type(error).__name__}: {error})".replace("\n", " ")
+        ) from None
 
 
 def _no_links(path: str, flags: int) -> int:
@@ -133,7 +138,7 @@ class HubRegistry:
         what = f"{repo}@{sha[:12]}: {path}"
         origin = urlsplit(url)[:2]
         with _plainly(what):
-            for hop in range(REDIRECTS + 1):
+            for _ in range(REDIRECTS + 1):
                 with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=60) as response:
                     commit = response.headers.get("X-Repo-Commit")
                     if commit is not None and commit != sha:
@@ -178,7 +183,9 @@ class HubRegistry:
                     return
                 self._api.create_repo(repo, private=private, exist_ok=True)
 
-    def commit(self, repo: str, branch: str, parent: str, add: Mapping[str, Content], delete: Sequence[str], message: str) -> str:
+    def commit(
+        self, repo: str, branch: str, parent: str, add: Mapping[str, Content], delete: Sequence[str], message: str
+    ) -> str:
         def operation(path: str, content: Content) -> CommitOperationAdd:
             # A path is opened here, so that no `~` in it is expanded by the client.
             opened = content if isinstance(content, bytes) else io.BufferedReader(io.FileIO(content, "rb", opener=_no_links))

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
 from speft_core import UserError
 from speft_core.errors import nearest
 
@@ -14,10 +15,23 @@ from speft_core.errors import nearest
 HUB_LICENCES = frozenset(
     """openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m bsd c-uda cc
     etalab-2.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 odc-by odbl openrail++ pddl lgpl-lr
-    deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma apple-ascl apple-amlr fair-noncommercial-research-license
+    deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma apple-ascl apple-amlr
+    fair-noncommercial-research-license
     grok2-community h-research intel-research open-mdw unknown other""".split()
 )
-COMMON = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "mpl-2.0", "gemma", "llama3.1", "other")
+COMMON = (
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc0-1.0",
+    "gpl-3.0",
+    "mpl-2.0",
+    "gemma",
+    "llama3.1",
+    "other",
+)
 PIPELINES = frozenset(
     """text-generation text-classification token-classification question-answering fill-mask summarization translation
     feature-extraction sentence-similarity text-ranking zero-shot-classification table-question-answering
@@ -40,7 +54,9 @@ def check_licence(licence: str, name: str | None = None, link: str | None = None
     except InvalidLicenseExpression:
         expression = ""
     if not expression or " " in expression or expression.startswith("LicenseRef-"):
-        raise UserError(f"license must be one SPDX id or Hub id, got {licence!r}.{nearest(lower, COMMON)} Common: {', '.join(COMMON)}")
+        raise UserError(
+            f"license must be one SPDX id or Hub id, got {licence!r}.{nearest(lower, COMMON)} Common: {', '.join(COMMON)}"
+        )
     return lower
 
 

@@ -31,7 +31,7 @@ def _colour(share: float) -> str:
 
 
 def density_svg(deltas: Mapping[str, SparseDelta]) -> str:
-    """The picture; colour goes with the square root of the density, from zero to the largest density, which is written above."""
+    """The picture; colour goes with the square root of the density, from zero to the largest one."""
     table = by_layer(deltas)
     rows = list(table)[:ROWS]
     columns = list(dict.fromkeys(c for row in rows for c in table[row]))[:COLUMNS]
@@ -55,7 +55,8 @@ def density_svg(deltas: Mapping[str, SparseDelta]) -> str:
                 continue
             share = math.sqrt(density / top) if top else 0.0
             place = f'x="{LEFT + CELL_W * i}" y="{y}" width="{CELL_W - 1}" height="{CELL_H - 1}"'
-            out.append(f'<rect {place} fill="{_colour(share)}"><title>{escape(row)} {escape(column)}: {100 * density:.4g} %</title></rect>')
+            title = escape(f"{row} {column}: {100 * density:.4g} %")
+            out.append(f'<rect {place} fill="{_colour(share)}"><title>{title}</title></rect>')
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
 
@@ -102,7 +103,9 @@ def _wanted(tree: Mapping[str, Entry], where: str, max_bytes: int) -> dict[str, 
         names.check_size(name, entry.size, where)
     total = sum(entry.size for entry in wanted.values())
     if total > max_bytes:
-        raise UserError(f"{where}: at most {max_bytes:,} bytes are fetched, it has {total:,}; raise --max-bytes if you trust it")
+        raise UserError(
+            f"{where}: at most {max_bytes:,} bytes are fetched, it has {total:,}; raise --max-bytes if you trust it"
+        )
     return wanted
 
 

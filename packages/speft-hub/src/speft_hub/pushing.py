@@ -68,7 +68,7 @@ def _refuse_secrets(contents: Mapping[str, Content]) -> None:
 
 
 def _public_config(folder: Path, base_model: str | None) -> bytes:
-    """`adapter_config.json` as it is published: a base given as a path of this machine becomes `base_model` or its last part."""
+    """`adapter_config.json` as it is published: a base that is a local path becomes `base_model` or its last part."""
     text = (folder / names.CONFIG).read_bytes()
     config = json.loads(text)
     told = config.get("base_model_name_or_path")

@@ -93,7 +93,9 @@ class Registry(Protocol):
     def create(self, repo: str, private: bool) -> None:
         """Make the repository with an empty first commit on `main`, or do nothing when it exists."""
 
-    def commit(self, repo: str, branch: str, parent: str, add: Mapping[str, Content], delete: Sequence[str], message: str) -> str:
+    def commit(
+        self, repo: str, branch: str, parent: str, add: Mapping[str, Content], delete: Sequence[str], message: str
+    ) -> str:
         """Add and delete files on top of `parent` and return the new sha; StaleParent when the branch is elsewhere."""
 
     def branch(self, repo: str, name: str, sha: str) -> None:

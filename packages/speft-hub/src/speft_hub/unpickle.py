@@ -17,6 +17,7 @@ SECONDS, EXTRA_BYTES = 600, 8 << 30
 def read_pickle(path: Path) -> dict[str, object]:
     """Tensors of a `.pt` file by joined name; UserError when it is anything but nested dictionaries of tensors."""
     import safetensors.torch
+
     from speft_core import UserError
 
     if not path.is_file() or path.is_symlink():

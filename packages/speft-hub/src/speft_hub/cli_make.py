@@ -1,0 +1,209 @@
+"""Commands that make something of adapters: merge, multihead, export, diff, convert."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from speft_core.merge_report import totals
+
+from .cli_options import (
+    BaseModel,
+    Density,
+    Dtype,
+    Force,
+    Json,
+    Method,
+    NoBase,
+    Out,
+    Seed,
+    Source,
+    Sources,
+    Text,
+    Texts,
+    Weights,
+    app,
+)
+from .combining import merge_adapters, multihead
+from .console import progress_bar, show, table
+from .registry import is_reference
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    from speft_core import UserError
+
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"--weights must be numbers with commas between, such as 1,0.5; got {text!r}") from None
+
+
+@app.command()
+def merge(
+    sources: Sources,
+    out: Out,
+    method: Method = "sum",
+    weights: Weights = None,
+    density: Density = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    no_base_check: NoBase = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Merge adapters of one base into one; a tensor at a time."""
+    with progress_bar(json) as progress:
+        rows = merge_adapters(
+            sources,
+            out,
+            method=method,
+            weights=_numbers(weights),
+            density=density,
+            seed=seed,
+            dtype=dtype,
+            check_base=not no_base_check,
+            force=force,
+            progress=progress,
+        )
+    figures = totals(rows)
+    record = {"out": str(out), "method": method, "figures": figures, "tensors": [asdict(r) for r in rows]}
+
+    def text() -> None:
+        print(out)
+        parts = " + ".join(f"{n:,}" for n in figures["nnz"])
+        print(
+            f"{parts} entries -> {figures['merged']:,}; overlap {figures['overlap']:,}, "
+            f"sign conflicts {figures['sign_conflicts']:,}"
+        )
+        shown = sorted(rows, key=lambda r: -r.sign_conflicts)[:20]
+        columns = ["tensor (most sign conflicts first)", "kept by each", "overlap", "conflicts", "norms", "merged norm"]
+        cells = [
+            [
+                r.name,
+                "/".join(map(str, r.nnz)),
+                r.overlap,
+                r.sign_conflicts,
+                "/".join(f"{n:.3g}" for n in r.norms),
+                f"{r.merged_norm:.3g}",
+            ]
+            for r in shown
+        ]
+        table("", columns, cells)
+
+    show(record, json, text)
+
+
+@app.command(name="multihead")
+def multihead_(
+    sources: Sources,
+    out: Out,
+    task: Annotated[Texts, typer.Option(help="Name of a head, once for each adapter.")] = None,
+    method: Method = "sum",
+    weights: Weights = None,
+    density: Density = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    no_base_check: NoBase = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Merge the bodies and keep every head: one forward answers all tasks (speft_core.MultiHeadModel.load)."""
+    with progress_bar(json) as progress:
+        kinds = multihead(
+            sources,
+            out,
+            task,
+            method=method,
+            weights=_numbers(weights),
+            density=density,
+            seed=seed,
+            dtype=dtype,
+            check_base=not no_base_check,
+            force=force,
+            progress=progress,
+        )
+    show(
+        {"out": str(out), "heads": kinds}, json, lambda: print("\n".join([str(out), *(f"{t}: {k}" for t, k in kinds.items())]))
+    )
+
+
+@app.command()
+def export(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    base: Annotated[
+        Text, typer.Option(help="The base: a folder, owner/name, bundled:NAME; by default what the adapter names.")
+    ] = None,
+    head: Annotated[Text, typer.Option(help="Of a multi-head folder: the task whose head to take.")] = None,
+    no_base_check: NoBase = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write a plain Transformers checkpoint that needs no speft."""
+    from .export import export as write
+    from .sources import adapter_folder
+
+    with progress_bar(json) as progress, adapter_folder(source, progress) as folder:
+        write(folder, out, base, head=head, check_base=not no_base_check, force=force, progress=progress)
+    show({"out": str(out)}, json, lambda: print(out))
+
+
+@app.command()
+def diff(
+    a: Source,
+    b: Source,
+    rank: Annotated[bool, typer.Option("--rank", help="Also the rank of each matrix of the difference (slow).")] = False,
+    json: Json = False,
+) -> None:
+    """Compare two checkpoints (folders) or two adapters, matrix by matrix."""
+    from .diff import diff_adapters, diff_checkpoints
+    from .sources import adapter_folder
+
+    if not is_reference(a) and not is_reference(b) and not any((Path(x) / "adapter_config.json").is_file() for x in (a, b)):
+        rows = list(diff_checkpoints(a, b, rank))
+    else:
+        with progress_bar(json) as progress, adapter_folder(a, progress) as first, adapter_folder(b, progress) as second:
+            rows = list(diff_adapters(first, second, rank))
+    cells = []
+    for r in rows:
+        kept = "" if r.kept is None else f"{r.kept[0]:,}/{r.kept[1]:,}/{r.overlap:,}"
+        rank_text = "" if r.rank is None else r.rank
+        cells.append(
+            [r.name, f"{r.changed:,}", f"{100 * r.density:.4g} %", f"{r.norm:.4g}", f"{r.largest:.4g}", rank_text, kept]
+        )
+    columns = ["tensor", "changed", "density", "norm", "largest", "rank", "kept a/b/both"]
+    show([r.record() for r in rows], json, lambda: table("", columns, cells))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A PEFT SHiRA, SpaRTA or speft adapter; or, with --against, a changed checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    to: Annotated[str, typer.Option(help="speft or shira.")] = "speft",
+    base: Annotated[Text, typer.Option(help="The base checkpoint (a folder), to read other formats.")] = None,
+    against: Annotated[
+        Text, typer.Option(help="The checkpoint (a folder) that SOURCE was trained from: their difference becomes an adapter.")
+    ] = None,
+    top_k: Annotated[Optional[int], typer.Option(help="With --against: only the largest changes.")] = None,  # noqa: UP045
+    base_model: BaseModel = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Convert adapters of others, to and from; or the difference of two checkpoints."""
+    from .combining import check_out
+    from .convert import convert as run_convert
+    from .diff import adapter_between
+    from .sources import base_folder
+
+    if against is not None:
+        check_out(out, force)
+        adapter_between(base_folder(against) or against, source, top_k, base_model).save(out)
+        kind = "checkpoint"
+    else:
+        kind = run_convert(source, out, to, base_folder(base) or base if base else None, force)
+    show({"out": str(out), "from": kind, "to": to}, json, lambda: print(f"{kind} -> {to}: {out}"))
