@@ -58,7 +58,7 @@ def sweep_command(
     """Run every cell of a table and write it: the config's sweep section, or --grid a=1,2 b=x,y. Done cells are kept."""
     from . import sweep
 
-    axes, plain = list(grid or []), []
+    axes, plain = list(grid or []), list[str]()
     for item in overrides or []:  # --grid a=1,2 b=3,4: what follows the first axis and lists values is an axis too
         (axes if grid and "," in item.partition("=")[2] and "[" not in item else plain).append(item)
     settings = sweep.Settings(lock=lock, jobs=jobs, devices=[d for d in devices.split(",") if d])
