@@ -95,18 +95,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return folder
 
 
-def ends(ran: Path) -> list[dict[str, Any]]:
-    """What each run printed at its end."""
+def end_of(ran: Path, number: int) -> dict[str, Any]:
+    """What the run of that number printed at its end. A crash of one run leaves those before it."""
     lines = (ran / "stdout").read_text().splitlines()
     found = [json.loads(line.removeprefix("RUN ")) for line in lines if line.startswith("RUN ")]
-    assert len(found) == len(CASES) + 1, (ran / "stderr").read_text()[-3000:]
-    return found
+    assert len(found) > number, (ran / "stderr").read_text()[-3000:]
+    return found[number]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process_does(ran: Path, name: str) -> None:
     """Losses within 1e-5 in fp32 at each step; the same bits on both ranks, values and merged weights."""
-    end = ends(ran)[list(CASES).index(name)]
+    end = end_of(ran, list(CASES).index(name))
     assert end["code"] == 0, (ran / "stderr").read_text()[-3000:]
     assert len(end["digests"]) == 2 and len(set(end["digests"])) == 1
     cli.execute(ran / f"{name}-1.yaml", [], dry_run=False)
@@ -156,7 +156,7 @@ def test_another_number_of_ranks_starts_warm_and_says_so(ran: Path, tmp_path: Pa
 
 
 def test_an_error_on_all_ranks_is_one_line(ran: Path) -> None:
-    assert ends(ran)[-1]["code"] == 2
+    assert end_of(ran, len(CASES))["code"] == 2
     told = [line for line in (ran / "stderr").read_text().splitlines() if "error:" in line.lower()]
     assert len(told) == 1 and told[0].startswith("error: the budget must fit the targets")
     assert not (ran / "two" / "refused" / "mask.safetensors").exists()
