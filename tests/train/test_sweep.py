@@ -1,0 +1,150 @@
+"""Sweeps: the cells of a table, what is skipped, what is chosen on validation data, and the table's forms."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pico
+import pico_tokenizers
+from speft_core.errors import UserError
+from speft_train import sweep, sweep_table
+from speft_train.sweep_config import Sweep, load_sweep
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = pico_tokenizers.byte_level()
+    pico.bert(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Path:
+    rows = [{"text": "xy"[place % 2] * (1 + place % 4), "label": place % 2} for place in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree: dict[str, Any] = {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"name": str(model), "dtype": "float32", "task": "sequence_classification"},
+        "data": {"train": str(data), "test": str(data), "validation_from_train": 4},
+        "adapter": {"metric": "magnitude", "targets": ["query"], "budget": {"k": 20}},
+        "train": {
+            "global_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "use_cpu": True,
+            "report_to": "none",
+        },
+        "evaluate": {"base": False},
+        "sweep": {
+            "seeds": 2,
+            "rows": {"sparse": {}, "head": {"adapter.method": "head"}},
+            "columns": {"A": {"score": "accuracy"}, "B": {"score": "loss", "data.max_length": 8}},
+        },
+    }  # fmt: skip
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def go(
+    config: Path, *overrides: str, grid: list[str] | None = None, seeds: int | None = None, lock: Path | None = None
+) -> None:
+    sweep.execute(config, list(overrides), grid or [], seeds, False, sweep.Settings(lock=lock))
+
+
+def test_a_table_is_run_written_and_not_run_again(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(config, lock=tmp_path / "lock")
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| sparse |" in text and "±" in text and "**" in text
+    lines = list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))
+    assert len(lines) == 8 and {line["seed"] for line in lines} == {"0", "1"}
+    assert r"\toprule" in (tmp_path / "out/table.tex").read_text() and (tmp_path / "out/scores.png").stat().st_size > 1000
+
+    def never(cell: Any) -> None:
+        raise AssertionError(f"{cell.name} ran again")
+
+    monkeypatch.setattr(sweep, "_here", never)
+    go(config)
+    assert "8 of 8 runs are done already" in capsys.readouterr().out
+    assert (tmp_path / "out/table.md").read_text() == text
+
+
+def test_a_grid_makes_a_row_of_each_combination(config: Path) -> None:
+    made = load_sweep(config, [], ["adapter.metric=magnitude,random", "train.learning_rate=1e-3,2e-3"])
+    assert len(made.rows) == 8 and "head, metric random, learning_rate 0.002" in made.rows
+    folders = {made.cell(row, "A", 0, ()).cfg.output_dir for row in made.rows}
+    assert len(folders) == 8
+
+
+def test_settings_are_chosen_by_the_validation_score(config: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["sweep"] |= {"tune": {"train.learning_rate": [1e-6, 5e-2]}, "rows": {"full": {"adapter.method": "full"}}, "seeds": 1}
+    tree["sweep"]["columns"] = {"B": {"score": "loss"}}
+    tree["train"]["max_steps"] = 20
+    config.write_text(yaml.safe_dump(tree))
+    go(config)
+    lines = list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))
+    validation = {}
+    for rate in ("1e-06", "0.05"):
+        found = json.loads((tmp_path / f"out/B/full/learning_rate-{rate}/seed0/results.json").read_text())
+        validation[rate] = found["adapted"]["validation"]["loss"]
+    best = min(validation, key=validation.__getitem__)
+    assert len(lines) == 1 and float(lines[0]["train.learning_rate"]) == float(best)
+    assert len(set(validation.values())) == 2
+
+
+def test_one_failing_run_does_not_stop_the_others(config: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["sweep"] |= {"rows": {"bad": {"adapter.targets": ["nothing"]}, "good": {}}, "seeds": 1}
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="2 of 4 runs failed; the first, bad on A, seed 0: targets: 'nothing'"):
+        go(config)
+    assert len(list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"row": {}}, "sweep.row: unknown key. Did you mean 'rows'"),
+        ({"columns": {"A": {"score": "accuracie"}}}, "score must be one of"),
+        ({"seeds": 0}, "seeds must be a count of at least 1"),
+    ],
+)
+def test_mistakes_of_a_sweep_section(config: Path, section: dict[str, Any], message: str) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["sweep"] = section
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=message):
+        load_sweep(config)
+
+
+def test_the_table_marks_the_best_and_counts_wins() -> None:
+    made = Sweep(
+        tree={"output_dir": "x"},
+        rows={"a": {}, "b": {}},
+        columns={"A": {"score": "accuracy"}, "B": {"score": "loss"}},
+        seeds=[0, 1],
+    )
+
+    class Place:
+        def __init__(self, row: str, column: str) -> None:
+            self.row, self.column, self.seed, self.tuned = row, column, 0, ()
+
+    scores = {("a", "A"): (0.8, 0.6), ("b", "A"): (0.9, 0.9), ("a", "B"): (0.1, 0.3), ("b", "B"): (0.5, 0.5)}
+    found: Any = [
+        (Place(row, column), {"adapted": {"accuracy": v, "loss": v}, "trainable_parameters": 1000})
+        for (row, column), values in scores.items()
+        for v in values
+    ]
+    text = sweep_table.markdown(made, found)
+    assert "| a | 1,000 | 70.00 ± 14.14 | **0.20 ± 0.14** |" in text
+    assert "| b | 1,000 | **90.00 ± 0.00** | 0.50 ± 0.00 |" in text
+    assert sweep_table.latex(made, found).count(r"\textbf") == 3
