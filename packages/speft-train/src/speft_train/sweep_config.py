@@ -134,10 +134,10 @@ def _axis(item: str) -> tuple[str, list[Any]]:
     if not key.strip() or not text.strip():
         raise UserError(f"--grid must look like section.key=value,value; got {item!r}")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([f"v=[{text}]"]))["v"]  # type: ignore[index,call-overload]
+        made: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"v=[{text}]"]))
     except Exception:
         raise UserError(f"--grid: {item!r} is not a list of values") from None
-    return key.strip(), values
+    return key.strip(), list(made["v"])
 
 
 def _row_name(row: str, axes: Mapping[str, Any], values: Sequence[Any]) -> str:

@@ -63,8 +63,8 @@ def find_columns(data: DataConfig, available: Sequence[str], source: str) -> Col
     if text is None:
         text = next((name for name in SINGLES if name in available and name != pair), None)
     label = given.get("label") or next((name for name in LABELS if name in available), None)
-    for role, column in (("text", text), ("label", label)):
-        if column is None:
+    for role, found in (("text", text), ("label", label)):
+        if found is None:
             raise UserError(f"{source} has no column of a known name for {role}; set data.columns.{role} to one of {listed}")
     assert text is not None and label is not None
     return Columns(text, pair, label)
