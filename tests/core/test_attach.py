@@ -9,12 +9,13 @@ import pytest
 import speft_core as sc
 import torch
 from attached import IDS, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask
+from speft_core.ops import native
 from speft_core.ops.plans import PLANS
 from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16]
 LINEAR = ["left.weight", "right.weight", "out.weight"]
-PLAN_NAMES = [*PLANS, "auto"]
+PLAN_NAMES = [p for p in (*PLANS, "auto") if p != "native" or not native.reason()]
 
 
 def train(tuner: sc.Tuner, model: nn.Module, steps: int, lr: float = 1e-2) -> list[float]:

@@ -14,6 +14,7 @@ from collections.abc import Hashable
 import torch
 
 from .layout import Layout
+from .recipes import hooks_forbid
 
 _READERS, _KEPT = "_speft_readers", "_speft_kept"
 WHOLE_ABOVE = 0.9  # share of columns from which on the input itself is kept, which costs no copy
@@ -58,8 +59,9 @@ def kept_columns(
     columns_U, key = layout.cols_C, "own"
     if keeper is not None:
         keeper.cols_C = layout.cols_C
-        columns_U, key = keeper.columns()
-        keeper.meet(given)
+        if not hooks_forbid():  # activation checkpointing checks that its second forward keeps what the first one did
+            columns_U, key = keeper.columns()
+            keeper.meet(given)
     x_TI = x.reshape(-1, x.shape[-1])
     dtype = (keeper.dtype if keeper is not None else None) or x.dtype
     if columns_U.numel() >= WHOLE_ABOVE * layout.shape[1] and dtype == x.dtype:

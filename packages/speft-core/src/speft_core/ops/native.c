@@ -7,12 +7,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TOKENS 128          /* tokens of a block: a block of x^T stays in the second-level cache */
-#define STRIDE (TOKENS + 8) /* padded, so that a column of the block does not hit one cache set */
-#define ROWS 32             /* rows of grad_y^T formed at a time: they stay in the first-level cache */
+#define TOKENS 64            /* tokens of a block: blocks of x^T and grad_y^T stay in the second-level cache */
+#define STRIDE (TOKENS + 16) /* an odd number of cache lines, so that rows of a block fall into different sets */
+#define ROWS 512             /* rows of grad_y^T formed at a time */
 
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
 
 enum { F32 = 0, BF16 = 1 };
 
@@ -55,34 +56,92 @@ static inline v8 round8(v8 value, int dtype) {
 
 static inline v8 splat(float value) { return (v8){value, value, value, value, value, value, value, value}; }
 
-static inline v8 factor8(const factor *f, int64_t t, int64_t column) {
-    if (f->row == 0) return splat(load(f->data, column * f->col, f->dtype));
-    return load8(f->data, t * f->row + column * f->col, f->row, f->dtype);
+/* Eight rows of eight become eight columns of eight. */
+static inline void turn8(v8 *r) {
+    v8 s[8], t[8];
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            t[i + 2 * j] = __builtin_shufflevector(s[i + j], s[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            t[i + 2 * j + 1] = __builtin_shufflevector(s[i + j], s[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        r[i] = __builtin_shufflevector(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = __builtin_shufflevector(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
 }
 
-/* out[c * STRIDE + t] = product of the factors at (start + t, columns[c]); zero for t >= count. */
+/* Eight neighbouring numbers. */
+static inline v8 row8(const void *data, int64_t at, int dtype) {
+    v8 value;
+    if (dtype == F32) {
+        memcpy(&value, (const float *)data + at, 32);
+        return value;
+    }
+    h8 half;
+    memcpy(&half, (const uint16_t *)data + at, 16);
+    u8 bits = __builtin_convertvector(half, u8) << 16;
+    memcpy(&value, &bits, 32);
+    return value;
+}
+
+/* A factor at tokens t .. t + 7 of the columns base .. base + 7: lanes[c] holds the tokens of column base + c. */
+static inline void lanes8(const factor *f, int64_t t, int64_t base, v8 *lanes) {
+    if (f->row == 0) {
+        for (int c = 0; c < 8; c++) lanes[c] = splat(load(f->data, (base + c) * f->col, f->dtype));
+    } else if (f->col == 0) {
+        v8 value = load8(f->data, t * f->row, f->row, f->dtype);
+        for (int c = 0; c < 8; c++) lanes[c] = value;
+    } else if (f->col == 1) {
+        const char *ahead = (const char *)f->data + ((t + 16) * f->row + base) * (f->dtype == F32 ? 4 : 2);
+        for (int i = 0; i < 8; i++) {
+            __builtin_prefetch(ahead + i * f->row * (f->dtype == F32 ? 4 : 2)); /* too many rows for the hardware's own */
+            lanes[i] = row8(f->data, (t + i) * f->row + base, f->dtype);
+        }
+        turn8(lanes);
+    } else {
+        for (int c = 0; c < 8; c++) lanes[c] = load8(f->data, t * f->row + (base + c) * f->col, f->row, f->dtype);
+    }
+}
+
+/* The product of the factors at one token and column. */
+static inline float one(const factor *factors, int n, int64_t t, int64_t column) {
+    v8 value = splat(0);
+    for (int f = 0; f < n; f++) {
+        v8 next = splat(load(factors[f].data, t * factors[f].row + column * factors[f].col, factors[f].dtype));
+        value = round8(f ? value * next : next, factors[f].round);
+    }
+    return value[0];
+}
+
+/* out[c * STRIDE + t] = product of the factors at (start + t, columns[c]); zero for t >= count. `width`: columns there are.
+ * Columns are sorted: those within eight of each other are read as neighbours and turned in registers. */
 static inline void transpose(const factor *factors, int n, int64_t start, int count, const int32_t *columns, int64_t wide,
-                             float *out) {
+                             int64_t width, float *out) {
     int t = 0;
-    for (; t + 8 <= count; t += 8)
-        for (int64_t c = 0; c < wide; c++) {
-            v8 value = round8(factor8(factors, start + t, columns[c]), factors[0].round);
-            for (int f = 1; f < n; f++) value = round8(value * factor8(factors + f, start + t, columns[c]), factors[f].round);
-            memcpy(out + c * STRIDE + t, &value, 32);
-        }
-    for (; t < TOKENS; t++)
-        for (int64_t c = 0; c < wide; c++) {
-            v8 value = splat(0);
-            if (t < count) {
-                value = round8(splat(load(factors[0].data, (start + t) * factors[0].row + columns[c] * factors[0].col, factors[0].dtype)),
-                               factors[0].round);
+    for (; width >= 8 && t + 8 <= count; t += 16) {
+        int last = t + 16 <= count ? t + 16 : t + 8; /* two eights: whole cache lines are written */
+        for (int64_t c = 0, next = 0; c < wide; c = next) {
+            int64_t base = columns[c] < width - 8 ? columns[c] : width - 8;
+            for (int u = t; u < last; u += 8) {
+                v8 lanes[8], more[8];
+                lanes8(factors, start + u, base, lanes);
+                for (int i = 0; i < 8; i++) lanes[i] = round8(lanes[i], factors[0].round);
                 for (int f = 1; f < n; f++) {
-                    const factor *g = factors + f;
-                    value = round8(value * splat(load(g->data, (start + t) * g->row + columns[c] * g->col, g->dtype)), g->round);
+                    lanes8(factors + f, start + u, base, more);
+                    for (int i = 0; i < 8; i++) lanes[i] = round8(lanes[i] * more[i], factors[f].round);
                 }
+                for (next = c; next < wide && columns[next] < base + 8; next++)
+                    memcpy(out + next * STRIDE + u, lanes + (columns[next] - base), 32);
             }
-            out[c * STRIDE + t] = value[0];
         }
+    }
+    if (width >= 8) t = count & ~7;
+    for (; t < TOKENS; t++)
+        for (int64_t c = 0; c < wide; c++) out[c * STRIDE + t] = t < count ? one(factors, n, start + t, columns[c]) : 0;
 }
 
 static inline float sum8(v8 a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
@@ -105,10 +164,11 @@ static inline void row_entries(const float *grad, const float *x, const int32_t 
             b2 += h * *(const v8 *)(x2 + t + 8);
             b3 += h * *(const v8 *)(x3 + t + 8);
         }
-        out[k] += sum8(a0 + b0);
-        out[k + 1] += sum8(a1 + b1);
-        out[k + 2] += sum8(a2 + b2);
-        out[k + 3] += sum8(a3 + b3);
+        a0 += b0, a1 += b1, a2 += b2, a3 += b3; /* four sums of eight at once */
+        v8 low = __builtin_shufflevector(a0, a1, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(a0, a1, 1, 9, 3, 11, 5, 13, 7, 15);
+        v8 high = __builtin_shufflevector(a2, a3, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(a2, a3, 1, 9, 3, 11, 5, 13, 7, 15);
+        v8 sums = __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
+        for (int i = 0; i < 4; i++) out[k + i] += sums[i] + sums[i + 4];
     }
     for (; k < count; k++) {
         const float *x0 = x + (int64_t)place[k] * STRIDE;
@@ -122,7 +182,7 @@ static inline void row_entries(const float *grad, const float *x, const int32_t 
 }
 
 typedef struct {
-    int64_t rows, columns, entries;
+    int64_t rows, columns, entries, outputs, inputs; /* the last two: columns of grad_y and of x as given */
     const int32_t *row, *first, *column, *place; /* [R], [R + 1], [C], [K] */
 } layout;
 
@@ -132,10 +192,10 @@ static void entries_of(const layout *at, const factor *x, int n, const factor *g
     memset(out, 0, at->entries * sizeof(float));
     for (; start < stop; start += TOKENS) {
         int count = stop - start < TOKENS ? (int)(stop - start) : TOKENS;
-        transpose(x, n, start, count, at->column, at->columns, x_CT);
+        transpose(x, n, start, count, at->column, at->columns, at->inputs, x_CT);
         for (int64_t r = 0; r < at->rows; r += ROWS) {
             int64_t wide = at->rows - r < ROWS ? at->rows - r : ROWS;
-            transpose(grad, 1, start, count, at->row + r, wide, grad_BT);
+            transpose(grad, 1, start, count, at->row + r, wide, at->outputs, grad_BT);
             for (int64_t b = 0; b < wide; b++) {
                 int64_t k = at->first[r + b];
                 row_entries(grad_BT + b * STRIDE, x_CT, at->place + k, at->first[r + b + 1] - k, out + k);
@@ -144,20 +204,27 @@ static void entries_of(const layout *at, const factor *x, int n, const factor *g
     }
 }
 
+/* Numbers of scratch of one part: a block of x^T, one of grad_y^T, and the sums; a multiple of a cache line. */
+static int64_t share_of(const layout *at) {
+    int64_t rows = at->rows < ROWS ? at->rows : ROWS;
+    return (at->columns + rows) * STRIDE + (at->entries + 15) / 16 * 16;
+}
+
 /* Bytes of scratch that `speft_entries` needs for this many parts. */
 int64_t speft_scratch(const layout *at, int parts) {
-    return parts * ((at->columns + ROWS) * STRIDE + at->entries) * (int64_t)sizeof(float);
+    return (parts * share_of(at) + 16) * (int64_t)sizeof(float);
 }
 
 /* out[K] = the entries of grad^T x; the tokens are split into `parts`, one thread each, whose sums are added in order. */
 void speft_entries(const layout *at, const factor *x, int n, const factor *grad, int64_t tokens, int parts, float *scratch,
                    float *out) {
-    int64_t size = (at->columns + ROWS) * STRIDE + at->entries, share = (tokens + parts - 1) / parts;
+    int64_t size = share_of(at), sums = (at->entries + 15) / 16 * 16, share = (tokens + parts - 1) / parts;
+    scratch = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
 #pragma omp parallel for schedule(static, 1) num_threads(parts)
     for (int p = 0; p < parts; p++) {
         int64_t start = p * share, stop = start + share < tokens ? start + share : tokens;
         float *own = scratch + p * size;
-        entries_of(at, x, n, grad, start, stop, own + at->entries, own);
+        entries_of(at, x, n, grad, start, stop, own + sums, own);
     }
     for (int64_t k = 0; k < at->entries; k++) {
         float sum = scratch[k];

@@ -28,7 +28,7 @@ from .layout import Layout
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=fast")
 BUILD_SECONDS = 120
-TOKENS = 128  # as in native.c
+TOKENS = 64  # as in native.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -43,7 +43,7 @@ class _Factor(ctypes.Structure):
 
 
 class _Layout(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "columns", "entries")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "columns", "entries", "outputs", "inputs")] + [
         (name, ctypes.c_void_p) for name in ("row", "first", "column", "place")
     ]
 
@@ -144,10 +144,10 @@ def _factor(tensor_TI: torch.Tensor, rounded: torch.dtype) -> _Factor:
 class Pattern:
     """A Layout as native.c reads it; keeps its int32 tensors alive."""
 
-    def __init__(self, layout: Layout, columns_C: torch.Tensor) -> None:
+    def __init__(self, layout: Layout, columns_C: torch.Tensor, inputs: int) -> None:
         kept = (layout.rows_R, layout.first_R, columns_C, layout.col_of_K)
         self._tensors = [t.to("cpu", torch.int32).contiguous() for t in kept]
-        counts = (layout.rows_R.numel(), columns_C.numel(), layout.nnz)
+        counts = (layout.rows_R.numel(), columns_C.numel(), layout.nnz, layout.shape[0], inputs)
         self.struct = _Layout(*counts, *(t.data_ptr() for t in self._tensors))
         self.reference = ctypes.byref(self.struct)
 
@@ -163,7 +163,8 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
     out_K = torch.empty(layout.nnz, dtype=torch.float32)
     if layout.nnz == 0 or tokens == 0:
         return out_K.zero_()
-    pattern = layout.derived(("native", inputs.key), lambda: Pattern(layout, inputs.places(layout)))
+    width = inputs.factors[0][0].shape[1]
+    pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
     parts = max(1, min(torch.get_num_threads(), -(-tokens // TOKENS)))
     if not _openmp():
         parts = 1

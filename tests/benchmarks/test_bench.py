@@ -1,0 +1,43 @@
+"""make bench on a tiny model: every suite runs, its figures add up, and a second run adds to the first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
+
+
+def bench(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RUN), "--model", "tiny", "--rounds", "2", "--tokens", "2x16", "--threads", "1", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=check)
+
+
+@pytest.mark.slow
+def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    methods = ["--methods", "speft", "LoRA r2"]
+    bench("step_time", "swap", "--dtype", "fp32", "--output", str(tmp_path), *methods)
+    bench("memory", "--dtype", "fp32", "--output", str(tmp_path), *methods)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {"step_time", "memory", "swap", "machine"} <= set(results)
+    times = {r["method"]: r for r in results["step_time"]}
+    assert set(times) == {"floor", "speft", "LoRA r2"}
+    assert times["floor"]["ratio"] == 1.0 and all(r["seconds"] > 0 for r in times.values())
+    assert times["speft"]["trainable"] == times["LoRA r2"]["trainable"] > 0 == times["floor"]["trainable"]
+    saved = {r["method"]: r["saved above floor"] for r in results["memory"]}
+    assert saved["floor"] == 0 <= saved["speft"] < saved["LoRA r2"]
+    swaps = {r["method"]: r for r in results["swap"]}
+    assert swaps["speft"]["changed"] == 0 < swaps["speft"]["elements"]
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| dtype | method |" in text and "torch" in text
+    assert (tmp_path / "step_time.png").stat().st_size > 1000
+
+
+def test_an_unknown_suite_is_refused() -> None:
+    done = bench("speed", check=False)
+    assert done.returncode == 2 and "no suite 'speed'; there are step_time" in done.stderr
