@@ -189,7 +189,9 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(hub: LoopbackHub, adapter_dir:
 
     push(adapter_dir, "alice/sst2")
     hub.inject("slow", "adapter_model", seconds=30.0)
-    command = [sys.executable, "-m", "speft_hub", "pull", "alice/sst2", str(tmp_path / "copy")]
+    # A test runner in the background ignores SIGINT, and its children with it.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from speft_hub.cli import main; main()"
+    command = [sys.executable, "-c", start, "pull", "alice/sst2", str(tmp_path / "copy")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "0"})
     deadline = time.monotonic() + 120
     while not any("/lfs/get/" in path for _, path, _ in hub.requests):

@@ -22,7 +22,7 @@ from .licences import HUB_ID
 
 FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.S)
 SECTION = re.compile(r"<!-- speft:begin (\w+) -->\n(.*?)\n?<!-- speft:end \1 -->", re.S)
-RECORD = re.compile(r"\n*<!-- speft:card (\{[^\n]*\}) -->\s*\Z")
+RECORD = re.compile(r"\n*<!-- speft:card (\{[^\n]*\}) -->[ \t]*\n*")
 # What a training run writes: text nobody has touched, as its hash proves, so nothing in it is a person's.
 DRAFT = re.compile(r"<!-- speft:draft ([0-9a-f]{12}) -->\s*\Z")
 ALWAYS_OURS = ("library_name", "base_model_relation")
@@ -72,13 +72,14 @@ def take_apart(text: str, where: str) -> Card:
         raise UserError(f"{where}: the metadata at the top of README.md must be a mapping, got {type(metadata).__name__}")
     body = text[front.end() :] if front else text
     record: dict[str, Any] = {}
-    if last := RECORD.search(body):
+    if found := list(RECORD.finditer(body)):
+        last = found[-1]  # not always at the end: people write below it
         try:
             loaded = json.loads(last[1])
             record = loaded if isinstance(loaded, dict) else {}
         except (ValueError, RecursionError):
             record = {}
-        body = body[: last.start()]
+        body = RECORD.sub("\n\n", body)
     return Card(metadata, body.strip("\n"), dict(SECTION.findall(body)), record)
 
 
