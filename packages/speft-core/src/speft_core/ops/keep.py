@@ -4,7 +4,7 @@ The layers that share an input find each other in the first forward: each leaves
 first of them keeps the columns that any of them needs, and leaves those on the tensor for the others. A tensor that was
 changed in place since is not trusted. Nothing is held beyond the tensors themselves.
 
-Shape suffixes: I inputs, T tokens, C columns with an entry of one layer, U columns kept (those of all layers that share the input).
+Shape suffixes: I inputs, T tokens, C columns with an entry of one layer, U columns kept (of all layers that share it).
 """
 
 from __future__ import annotations
