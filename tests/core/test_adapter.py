@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import speft_core as sc
 import torch
-from speft_core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from torch import nn
+
+import speft_core as sc
+from speft_core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from speft_core.files import atomic_folder, atomic_write
 
 
