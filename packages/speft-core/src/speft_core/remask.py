@@ -56,6 +56,17 @@ def union_size(tuner: Tuner) -> int:
     return sum(i.numel() for i in tuner.mask.indices.values()) + sum(p.indices_P.numel() for p in tuner.parked.values())
 
 
+def _resize(parameter: torch.nn.Parameter, values_K: torch.Tensor) -> None:
+    """Give the same Parameter other data of another size.
+
+    A loss of an earlier step that is still referred to keeps the node alive in which autograd remembers the old size; torch
+    lets go of that node when the dtype changes, so the data go by way of another one.
+    """
+    parameter.grad = None
+    parameter.data = torch.empty(0, dtype=torch.float16, device=values_K.device)
+    parameter.data = values_K
+
+
 def _take(wanted_K: torch.Tensor, indices_U: torch.Tensor, values_U: torch.Tensor) -> torch.Tensor:
     """values_U where `wanted_K` is among the sorted `indices_U`, else 0."""
     found_K = values_U.new_zeros(wanted_K.numel())
@@ -83,8 +94,7 @@ def set_entries(
     tuner.parked.pop(name, None)
     for each in slots:
         each.reindex(indices_K)
-    slot.values_K.data = values_K.to(slot.values_K.dtype)
-    slot.values_K.grad = None
+    _resize(slot.values_K, values_K.to(slot.values_K.dtype))
     if indices_P.numel():
         parked = Parked(indices_P, values_P, gather(weight, indices_P))
         tuner.parked[name] = parked
