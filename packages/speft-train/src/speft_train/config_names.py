@@ -11,7 +11,7 @@ METRICS = (
     *("absolute_gradient", "wanda"),
 )
 TASKS = ("causal_lm", "sequence_classification")
-TEMPLATES = ("question_answer", "alpaca", "chat")
+TEMPLATES = ("question_answer", "alpaca", "chat", "multiple_choice")
 BUDGET_UNITS = ("k", "density", "like_lora_r")
 PROBLEM_KINDS = (
     "add",

@@ -64,6 +64,7 @@ def figure_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("exact_match_last_number", "exact match (last number)"),
         ("loss", f"loss per {unit}"),
         ("accuracy", "accuracy"),
+        ("accuracy_per_character", "accuracy (likelihood a character)"),
         ("f1", "F1"),
         ("matthews", "Matthews correlation"),
         ("pearson", "Pearson correlation"),

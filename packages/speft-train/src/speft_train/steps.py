@@ -16,7 +16,7 @@ from .context import Run
 
 Result = dict[str, Any]
 ADAPTER, MASK = "adapter", "mask.safetensors"
-SHOWN = ("exact_match", "exact_match_last_number", "loss")
+SHOWN = ("exact_match", "exact_match_last_number", "accuracy", "accuracy_per_character", "loss")
 
 
 def load(run: Run) -> Result:
@@ -193,7 +193,11 @@ def _evaluate(run: Run, model: Any) -> Result:
         return classification.evaluate(run, model)
     settings, ranks = run.cfg.evaluate, run.ranks
     figures: Result = {}
-    if settings.generation and run.data.test_rows:
+    if run.cfg.data.template == "multiple_choice" and run.data.test_rows:
+        rows = ranks.share(list(run.data.test_rows[: settings.limit]))
+        found = evaluate.choose(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress) if rows else {}
+        figures |= _mean(ranks.gather(found), "count")
+    elif settings.generation and run.data.test_rows:
         rows = ranks.share(list(run.data.test_rows[: settings.limit]))
         found = {}
         if rows:

@@ -140,6 +140,30 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
     return Rendered(tuple(pieces), special=False)
 
 
+def _multiple_choice(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
+    """The question, and the right choice as the answer to learn; all choices are scored by their likelihood."""
+    return choice_pieces(row, right_choice(row))
+
+
+def choice_pieces(row: Row, place: int) -> Rendered:
+    """The question answered by one of its choices."""
+    prompt = f"Question: {_text(row, 'question')}\nAnswer:"
+    return Rendered((Piece(prompt, False), Piece(" " + str(row["choices"][place]).strip(), True)))
+
+
+def right_choice(row: Row) -> int:
+    """The place of the right choice, from 0; the answer is a place or a letter."""
+    choices, answer = row.get("choices"), row.get("answer")
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or len(choices) < 2:
+        raise UserError(f"choices must be a list of at least two texts; got {choices!r}"[:200])
+    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().isalpha():
+        answer = ord(answer.strip().upper()) - ord("A")
+    place = int(answer) if isinstance(answer, int) or (isinstance(answer, str) and answer.strip().isdigit()) else -1
+    if not 0 <= place < len(choices):
+        raise UserError(f"answer must be the place of a choice from 0 to {len(choices) - 1}, or its letter; got {answer!r}")
+    return place
+
+
 def _messages(row: Row, system: str | None) -> list[dict[str, str]]:
     if "messages" not in row:
         messages = [
@@ -176,4 +200,5 @@ TEMPLATES: dict[str, Template] = {
     "question_answer": Template(("question", "answer"), (), _question_answer),
     "alpaca": Template(("instruction", "output"), ("input",), _alpaca),
     "chat": Template(("messages",), ("question", "answer"), _chat),
+    "multiple_choice": Template(("question", "choices", "answer"), (), _multiple_choice),
 }
