@@ -11,6 +11,7 @@ only once) and any other hook of a library, and for sharded weights, which may b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,7 @@ import torch
 _ATTENTION = tuple(
     f"ScaledDotProduct{kind}AttentionBackward0" for kind in ("Flash", "Efficient", "Cudnn", "FusedOverrideable")
 ) + ("ScaledDotProductFlashAttentionForCpuBackward0",)
-SAVED_OUTPUT = {name: "_saved_output" for name in _ATTENTION} | {
-    name: "_saved_result" for name in ("ReluBackward0", "TanhBackward0", "SigmoidBackward0")
-}
+SAVED_OUTPUT = dict.fromkeys(_ATTENTION, "_saved_output") | dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), "_saved_result")
 _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0")
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "fairscale")
 
@@ -103,28 +102,38 @@ def _product(node: Any, x: torch.Tensor) -> Recipe | None:
         return None
     frozen = _reader(node, "_saved_other" if place == 0 else "_saved_self")
     (made,) = inner._input_metadata
-    if made.shape != x.shape or made.device != x.device:
+    if tuple(made.shape) != tuple(x.shape) or made.device != x.device:
         return None
     return Recipe(x.shape, [*_both(inner, dtype or made.dtype), (frozen, x.dtype)])
 
 
 def _saved_output(node: Any, x: torch.Tensor) -> Recipe | None:
     """x is the saved output of a node, perhaps transposed and then reshaped."""
+    output = 0
     while type(node).__name__ in _RESHAPES:
-        node = _operands(node)[0]
-    swap = None
+        node, output = node.next_functions[0]
+    if output != 0:
+        return None
+    swap: tuple[int, int] | None = None
+    before: tuple[int, ...] = tuple(x.shape)
     if type(node).__name__ == "TransposeBackward0":
         swap = (node._saved_dim0, node._saved_dim1)
-        (node, output), *_ = node.next_functions
+        node, output = node.next_functions[0]
+        before = tuple(node._input_metadata[output].shape)
+        while type(node).__name__ in _RESHAPES:
+            node, output = node.next_functions[0]
         if output != 0:
             return None
     attribute = SAVED_OUTPUT.get(type(node).__name__)
-    if attribute is None or node._input_metadata[0].dtype != x.dtype:
+    if attribute is None:
+        return None
+    made = node._input_metadata[0]
+    if made.dtype != x.dtype or math.prod(made.shape) != x.numel():
         return None
     source, shape = _reader(node, attribute), x.shape
 
     def read() -> torch.Tensor:
-        found = source()
+        found = source().reshape(before)
         if swap is not None:
             rank = found.dim()  # autograd keeps dimensions as unsigned numbers
             found = found.transpose(*(d if d < rank else d - 2**64 for d in swap))
