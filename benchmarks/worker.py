@@ -99,7 +99,8 @@ class Worker:
             off()
             times.append(time.perf_counter() - started)
         raw = {4: torch.int32, 2: torch.int16}
-        changed = sum(int((m.weight.view(raw[m.weight.element_size()]) != before[n].view(raw[m.weight.element_size()])).sum()) for n, m in bases.items())
+        as_bits = {n: raw[m.weight.element_size()] for n, m in bases.items()}
+        changed = sum(int((m.weight.view(as_bits[n]) != before[n].view(as_bits[n])).sum()) for n, m in bases.items())
         return {"seconds": sorted(times)[len(times) // 2], "changed": changed, "elements": sum(t.numel() for t in before.values())}
 
 

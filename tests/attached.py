@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import speft_core as sc
 import torch
 from torch import nn
+
+import speft_core as sc
 
 
 class Net(nn.Module):

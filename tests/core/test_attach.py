@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import pico
 import pytest
-import speft_core as sc
 import torch
+from torch import nn
+
+import pico
+import speft_core as sc
 from attached import IDS, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask
 from speft_core.ops import native
 from speft_core.ops.plans import PLANS
-from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16]
 LINEAR = ["left.weight", "right.weight", "out.weight"]
@@ -364,10 +365,10 @@ def test_a_weight_that_cannot_be_adapted_leaves_no_trace() -> None:
     model = net()
     mask = some_mask(model)
     model.out.weight = nn.Parameter(torch.randn(20, 31).t())
-    before = {n: p for n, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     with pytest.raises(sc.UserError, match="out.weight: only contiguous floating-point"):
         sc.attach(model, mask)
-    assert {n: p for n, p in model.named_parameters()}.keys() == before.keys()
+    assert dict(model.named_parameters()).keys() == before.keys()
     assert not any("_values" in n or "_base" in n for n in dict(model.named_buffers()))
     assert all(p.requires_grad for p in model.parameters())
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pico
 import pytest
-import speft_core as sc
 import torch
-from attached import bits, oracle_gradients, same_bits
 from torch import nn
+
+import pico
+import speft_core as sc
+from attached import bits, oracle_gradients, same_bits
 
 
 class Experts(nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
-import speft_core as sc
 import torch
+
+import speft_core as sc
 from attached import IDS, Net, bits, net, same_bits, some_mask
 from speft_core.bank import AdapterBank
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
-import speft_core as sc
 import torch
+from torch import nn
+
+import speft_core as sc
 from attached import IDS, LABELS, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask
 from speft_core.ops import native
 from speft_core.ops.plans import PLANS
-from torch import nn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

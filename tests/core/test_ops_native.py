@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import speft_core as sc
 import torch
+
+import speft_core as sc
 from attached import loss_of, net, oracle_gradients, some_mask
 from speft_core.ops import native
 from speft_core.ops.inputs import Inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from speft_core.errors import UserError
 from speft_core.ops.functions import SparseLinear
 from speft_core.ops.inputs import Inputs

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pico
 import pytest
-import speft_core as sc
 import torch
+from torch import nn
+from torch.nn import functional
+
+import pico
+import speft_core as sc
 from attached import some_mask
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
 from speft_core.ops.recipes import hooks_forbid, recipe_of, sharded
-from torch import nn
-from torch.nn import functional
 
 SHAPE = (2, 5, 8)
 
@@ -140,7 +141,7 @@ def test_layers_that_share_an_input_keep_its_columns_once() -> None:
 
     model = Three()
     indices = {"a.weight": [3, 9], "b.weight": [9, 40], "c.weight": [3, 64 + 11]}
-    mask = sc.SparsityMask({n: torch.tensor(i, dtype=torch.int32) for n, i in indices.items()}, {n: (5, 64) for n in indices})
+    mask = sc.SparsityMask({n: torch.tensor(i, dtype=torch.int32) for n, i in indices.items()}, dict.fromkeys(indices, (5, 64)))
     tuner = sc.attach(model, mask)
     x = leaf(100, 64)
     first = saved_bytes(model, lambda: model(x).sum())

@@ -46,6 +46,7 @@ def test_the_kernel_gives_the_oracles_entries() -> None:
 
 def test_without_cuda_and_interpreter_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+
     from speft_core.ops import triton_sddmm
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

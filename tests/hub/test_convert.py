@@ -18,7 +18,7 @@ from speft_hub.convert import convert
 from speft_hub.diff import adapter_between, diff_adapters, diff_checkpoints
 
 # PEFT still calls what Transformers is about to remove.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gr:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gr:FutureWarning", "ignore:Sparse invariant checks:UserWarning")
 
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:

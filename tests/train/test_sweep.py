@@ -77,6 +77,15 @@ def test_a_table_is_run_written_and_not_run_again(
     assert (tmp_path / "out/table.md").read_text() == text
 
 
+def test_a_table_of_what_is_done_runs_nothing(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = load_sweep(config)
+    sweep.run_cells([made.cell("head", "A", 0, ())], sweep.Console(), sweep.Settings())
+    monkeypatch.setattr(sweep, "_here", None)
+    sweep.execute(config, [], [], None, False, sweep.Settings(table_only=True))
+    assert len(list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))) == 1
+    assert "| sparse | - | - | - |" in (tmp_path / "out/table.md").read_text()
+
+
 def test_a_grid_makes_a_row_of_each_combination(config: Path) -> None:
     made = load_sweep(config, [], ["adapter.metric=magnitude,random", "train.learning_rate=1e-3,2e-3"])
     assert len(made.rows) == 8 and "head, metric random, learning_rate 0.002" in made.rows

@@ -157,7 +157,8 @@ def read_weights(path: Path, record: Mapping[str, Any], device: str) -> Contents
     """Everything in the weights file that the config `record` lists; nothing else may be in it but `dense.` tensors."""
     known = {f.name for f in fields(AdapterConfig)}
     config = AdapterConfig(**{k: v for k, v in record.items() if k in known})
-    deltas, dense, expected = {}, {}, set()
+    deltas, dense = {}, {}
+    expected: set[str] = set()
     with safe_open(str(path), framework="pt", device=device) as file:
         present = set(file.keys())
         for name, entry in record["tensors"].items():

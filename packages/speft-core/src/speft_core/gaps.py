@@ -25,7 +25,8 @@ def index_dtype(numel: int) -> torch.dtype:
 
 def encode(indices_K: torch.Tensor) -> torch.Tensor:
     """Return the code (uint8, 1-D) of sorted unique non-negative `indices_K` (int32 or int64, 1-D); empty for no indices."""
-    gaps_K: npt.NDArray[np.int64] = np.diff(indices_K.cpu().numpy().astype(np.int64, copy=False), prepend=0)
+    wide_K: npt.NDArray[np.int64] = indices_K.cpu().numpy().astype(np.int64, copy=False)
+    gaps_K: npt.NDArray[np.int64] = wide_K - np.concatenate([wide_K[:1] * 0, wide_K[:-1]])
     count = gaps_K.size
     if count == 0:
         return torch.empty(0, dtype=torch.uint8)

@@ -107,7 +107,7 @@ class TensorWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor (contiguous, on the CPU)."""
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         size = self._spool.write(data)
         kind = SAFETENSORS_NAMES[tensor.dtype]
         self._header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self._at, self._at + size]}

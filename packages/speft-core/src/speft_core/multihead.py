@@ -40,14 +40,15 @@ class _Heads(nn.Module):
 
     def __init__(self, head: nn.Module, tensors: Mapping[str, Head]) -> None:
         super().__init__()
-        self.__dict__["head"] = head  # not a child: the model's parameters stay the model's
+        self._held = [head]  # in a list, so that it is no child: the model's parameters stay the model's
         self.tensors = tensors
         self.widths: dict[str, int] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         outputs = {}
+        head = self._held[0]
         for task, tensors in self.tensors.items():
-            outputs[task] = functional_call(self.head, dict(tensors), args, kwargs) if tensors else self.head(*args, **kwargs)
+            outputs[task] = functional_call(head, dict(tensors), args, kwargs) if tensors else head(*args, **kwargs)
         self.widths = {task: out.shape[-1] for task, out in outputs.items()}
         return torch.cat(list(outputs.values()), dim=-1)
 
@@ -91,7 +92,7 @@ class MultiHeadModel:
     def _sort_heads(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], str]:
         """Heads by where they sit: on the model's own head module (its path is returned), or on the last hidden state."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        native: dict[str, Head] = {}
+        native: dict[str, dict[str, torch.Tensor]] = {}
         foreign: dict[str, torch.Tensor] = {}
         for task, head in self.heads.items():
             if all(name in own for name in head):
@@ -192,7 +193,7 @@ class MultiHeadModel:
             if hook is not None:
                 hook.remove()
             if joined is not None:
-                owner._modules[attribute] = joined.head
+                owner._modules[attribute] = joined._held[0]
         found: dict[str, torch.Tensor] = {}
         if joined is not None:
             found.update(zip(joined.widths, logits.split(list(joined.widths.values()), dim=-1), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -40,7 +41,7 @@ def save_heads(folder: str | Path, heads: Mapping[str, Head], kinds: Mapping[str
     for task, head in heads.items():
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.items()}
         path = folder / HEADS_FOLDER / f"{task}.safetensors"
-        atomic_write(path, lambda file, tensors=tensors: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"}))
+        atomic_write(path, partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"}))
     record = {
         "format_version": HEADS_VERSION,
         "heads": {task: {"kind": kinds.get(task), "tensors": list(head)} for task, head in heads.items()},

@@ -199,7 +199,7 @@ class AttachedForward:
 
     def install(self) -> None:
         """Take the forward's place."""
-        self.module.forward = self  # type: ignore[method-assign]
+        self.module.forward = self
 
     def remove(self) -> None:
         """Give it back."""

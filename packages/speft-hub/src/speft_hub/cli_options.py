@@ -22,9 +22,11 @@ Number = Optional[float]  # noqa: UP045
 
 
 def card_fields(**given: Any) -> Any:
+    """What the command line said of an adapter's card, as CardFields."""
     from .card import CardFields
 
-    return CardFields(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v not in (None, [])})
+    said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v not in (None, [])}
+    return CardFields(**said)
 
 
 License = Annotated[Text, typer.Option(help="SPDX id or Hub id.")]

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import huggingface_hub
@@ -27,7 +28,7 @@ from .registry import SHA, Commit, Content, Dropped, Entry, Listed, NotFound, Re
 try:  # huggingface_hub 2.x; 1.x speaks through httpx under its own name
     import httpx2 as httpx
 except ImportError:  # pragma: no cover
-    import httpx  # type: ignore[no-redef]
+    import httpx  # type: ignore[no-redef,import-not-found]
 
 FILE_LIMIT = 10_000  # files of a repository that we are ready to list
 REDIRECTS = 5
@@ -192,7 +193,7 @@ class HubRegistry:
             return CommitOperationAdd(path_in_repo=path, path_or_fileobj=opened)
 
         with _plainly(repo):
-            operations = [*(operation(p, c) for p, c in add.items()), *(CommitOperationDelete(p) for p in delete)]
+            operations: list[Any] = [*(operation(p, c) for p, c in add.items()), *(CommitOperationDelete(p) for p in delete)]
             try:
                 made = self._api.create_commit(
                     repo, operations, commit_message=message, revision=branch, parent_commit=parent, num_threads=1

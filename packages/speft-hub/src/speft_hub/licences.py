@@ -50,7 +50,7 @@ def check_licence(licence: str, name: str | None = None, link: str | None = None
     if lower in HUB_LICENCES:
         return lower
     try:
-        expression = canonicalize_license_expression(licence)
+        expression = str(canonicalize_license_expression(licence))
     except InvalidLicenseExpression:
         expression = ""
     if not expression or " " in expression or expression.startswith("LicenseRef-"):

@@ -53,6 +53,7 @@ def sweep_command(
     jobs: Annotated[int, typer.Option(help="runs at once, each in a process of its own", min=1)] = 1,
     devices: Annotated[str, typer.Option(help="GPUs that the runs share out among them, as 0,1,2")] = "",
     lock: Annotated[Path | None, typer.Option(help="hold this lock file while a run lasts")] = None,
+    table: Annotated[bool, typer.Option("--table", help="run nothing, write the table of what is done")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run every cell of a table and write it: the config's sweep section, or --grid a=1,2 b=x,y. Done cells are kept."""
@@ -61,7 +62,7 @@ def sweep_command(
     axes, plain = list(grid or []), list[str]()
     for item in overrides or []:  # --grid a=1,2 b=3,4: what follows the first axis and lists values is an axis too
         (axes if grid and "," in item.partition("=")[2] and "[" not in item else plain).append(item)
-    settings = sweep.Settings(lock=lock, jobs=jobs, devices=[d for d in devices.split(",") if d])
+    settings = sweep.Settings(lock=lock, jobs=jobs, devices=[d for d in devices.split(",") if d], table_only=table)
     _quiet()
     raise typer.Exit(guarded(lambda: sweep.execute(config, plain, axes, seeds, dry_run, settings)))
 

@@ -38,6 +38,7 @@ class Settings:
     lock: Path | None = None  #: held while a cell runs
     jobs: int = 1
     devices: Sequence[str] = ()
+    table_only: bool = False  #: run nothing, write the table of what is done
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -107,9 +108,10 @@ def figures(cell: Cell) -> dict[str, Any] | None:
 
 def run_cells(cells: Sequence[Cell], console: Console, settings: Settings) -> None:
     """Run what is not done, one after the other here, or `jobs` at once in processes of their own."""
-    todo = [cell for cell in cells if not is_done(cell)]
-    if len(todo) < len(cells):
-        console.print(f"{len(cells) - len(todo)} of {len(cells)} runs are done already", highlight=False)
+    todo = [] if settings.table_only else [cell for cell in cells if not is_done(cell)]
+    done = sum(map(is_done, cells))
+    if done:
+        console.print(f"{done} of {len(cells)} runs are done already", highlight=False)
     work: Callable[[tuple[int, Cell]], None] = lambda item: _one(item[1], item[0], len(todo), console, settings)  # noqa: E731
     if settings.jobs == 1:
         for item in enumerate(todo):

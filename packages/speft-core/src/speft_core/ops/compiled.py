@@ -10,7 +10,7 @@ Shape suffixes: O outputs, I inputs, T tokens, C columns with an entry, K kept e
 
 import itertools
 import weakref
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -37,7 +37,7 @@ def _layout(number: int, device: torch.device) -> Layout:
 
 @torch.library.custom_op("speft::linear", mutates_args=())
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], values_K: torch.Tensor, number: int, keep: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, values_K: torch.Tensor, number: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x Wᵀ + b after writing base + values into W, and x[:, C] (an empty tensor unless `keep`)."""
     _slots[number].write()
@@ -50,7 +50,7 @@ def linear(
 
 @linear.register_fake
 def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], values_K: torch.Tensor, number: int, keep: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, values_K: torch.Tensor, number: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     if not keep:
@@ -91,7 +91,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
     ctx.save_for_backward(weight, output[1])
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor, _grad_kept: Any) -> tuple[Optional[torch.Tensor], ...]:
+def _backward(ctx: Any, grad_y: torch.Tensor, _grad_kept: Any) -> tuple[torch.Tensor | None, ...]:
     weight, kept_TC = ctx.saved_tensors
     grad_x, grad_values_K = torch.ops.speft.linear_backward(grad_y, weight, kept_TC, ctx.number, ctx.needs_input_grad[0])
     grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None

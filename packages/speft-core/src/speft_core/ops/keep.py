@@ -56,7 +56,8 @@ def kept_columns(
     given: torch.Tensor, x: torch.Tensor, layout: Layout, keeper: Keeper | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, Hashable]:
     """What to save of x (`given` after autocast): the tensor [T, U], its columns (None: all), and a name for them."""
-    columns_U, key = layout.cols_C, "own"
+    columns_U: torch.Tensor = layout.cols_C
+    key: Hashable = "own"
     if keeper is not None:
         keeper.cols_C = layout.cols_C
         if not hooks_forbid():  # activation checkpointing checks that its second forward keeps what the first one did

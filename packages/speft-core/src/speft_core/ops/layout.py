@@ -38,7 +38,8 @@ class Layout:
         first_R = torch.zeros(rows_R.numel() + 1, dtype=torch.int64)
         first_R[1:] = torch.cumsum(counts_R.cpu(), 0)
         narrow = torch.int32 if shape[0] * shape[1] < 2**31 else torch.int64
-        return cls(shape, *(t.to(narrow) for t in (rows_R, cols_C, row_of_K, col_of_K)), first_R)
+        rows_R, cols_C, row_of_K, col_of_K = (t.to(narrow) for t in (rows_R, cols_C, row_of_K, col_of_K))
+        return cls(shape, rows_R, cols_C, row_of_K, col_of_K, first_R)
 
     @property
     def nnz(self) -> int:

@@ -21,7 +21,8 @@ import torch
 _ATTENTION = tuple(
     f"ScaledDotProduct{kind}AttentionBackward0" for kind in ("Flash", "Efficient", "Cudnn", "FusedOverrideable")
 ) + ("ScaledDotProductFlashAttentionForCpuBackward0",)
-SAVED_OUTPUT = dict.fromkeys(_ATTENTION, "_saved_output") | dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), "_saved_result")
+_ACTIVATIONS = ("ReluBackward0", "TanhBackward0", "SigmoidBackward0")
+SAVED_OUTPUT = dict.fromkeys(_ATTENTION, "_saved_output") | dict.fromkeys(_ACTIVATIONS, "_saved_result")
 _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0")
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "fairscale")
 
