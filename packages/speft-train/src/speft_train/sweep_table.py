@@ -83,7 +83,8 @@ def write(sweep: Sweep, found: Found) -> None:
     table = entries(sweep, found)
     if table:
         means = {column: {r: table[r, column].mean for r in sweep.rows if (r, column) in table} for column in sweep.columns}
-        spreads = {column: {r: table[r, column].sd or 0.0 for r in means[column]} for column in sweep.columns}
+        means = {column: scores for column, scores in means.items() if scores}
+        spreads = {column: {r: table[r, column].sd or 0.0 for r in means[column]} for column in means}
         plots.score_bars(sweep.folder / PLOT, means, spreads)
 
 
