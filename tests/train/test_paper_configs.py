@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speft_train import sweep
+from speft_train import cli, sweep
 from speft_train.config import load_config
 from speft_train.sweep_config import load_sweep
 
@@ -78,6 +78,15 @@ def test_every_cell_of_every_table_is_a_valid_run(file: str) -> None:
     made = load_sweep(CONFIGS / file, ["sweep.vars.root=data"])
     cells = made.all_cells()
     assert len({cell.cfg.output_dir for cell in cells}) == len(cells) >= 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_config_passes_a_dry_run(file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.execute(CONFIGS / file, ["sweep.vars.root=data", f"output_dir={tmp_path / 'run'}"], dry_run=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "nothing was loaded, trained or written" in shown and not (tmp_path / "run").exists()
+    if file in SPEFT_K:
+        assert f"k = {SPEFT_K[file]:,} trained by method sparse" in shown
 
 
 def test_no_config_says_again_what_another_says() -> None:
