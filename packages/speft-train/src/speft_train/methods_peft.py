@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FROZEN_HEAD = "head.safetensors"
+NAMES = {"lora": "LoRA", "pissa": "PiSSA", "dora": "DoRA"}
 # What PEFT is told beside rank, scale and targets. PiSSA starts from the largest singular vectors of each weight.
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}}
 
@@ -46,7 +47,7 @@ def lora_rank(model: Any, section: AdapterSection) -> int:
     each, always = trained_by_rank(model, section)
     if k < each + always:
         raise UserError(
-            f"adapter.budget must hold {section.method} of rank 1, which has {each + always:,} parameters on these targets;"
+            f"adapter.budget must hold {NAMES[section.method]} of rank 1, which has {each + always:,} parameters on these targets;"
             f" got k = {k:,}"
         )
     return (k - always) // each
@@ -112,7 +113,7 @@ def attach(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None)
             parameter.requires_grad_(required)
 
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Attached(model=adapted, trainable=trainable, save=save, detach=detach, about=f"; {section.method} of rank {rank}")
+    return Attached(model=adapted, trainable=trainable, save=save, detach=detach, about=f"; {NAMES[section.method]} of rank {rank}")
 
 
 @contextmanager
