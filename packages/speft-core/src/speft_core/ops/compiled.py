@@ -40,7 +40,10 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, values_K: torch.Tensor, number: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x Wᵀ + b after writing base + values into W, and x[:, C] (an empty tensor unless `keep`)."""
-    _slots[number].write()
+    slot = _slots[number]
+    slot.stale = True  # an operator runs without grad mode, from which `write` would conclude that nothing can have changed
+    slot.write()
+    slot.stale = keep
     y = functional.linear(x, weight.to(x.dtype), bias)
     if not keep:
         return y, x.new_empty(0, 0)
