@@ -24,6 +24,8 @@ KEPT = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
 
 def train(run: Run) -> Result:
     """Train what is attached; raises Stopped after a signal, with a checkpoint behind it."""
+    from .tensorboard_log import TensorBoard
+
     assert run.attached is not None
     args = training_args.build(run.cfg, run.ranks, run.folder.path)
     trainer, stop = _trainer(run, args)
@@ -42,6 +44,9 @@ def train(run: Run) -> Result:
             history = _loop(run, trainer, checkpoint)
     finally:
         run.model.config.use_cache = use_cache
+        for callback in trainer.callback_handler.callbacks:  # the Trainer tells them of the end, but not of an error
+            if isinstance(callback, TensorBoard):
+                callback.file.close()
     seconds = before + time.perf_counter() - started
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     run.model.eval()
