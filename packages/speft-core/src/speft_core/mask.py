@@ -168,7 +168,7 @@ class SparsityMask:
             raise UserError(f"no mask at {path}") from None
         except UserError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise UserError(f"{path} is not a readable speft mask: {error}") from None
 
 
