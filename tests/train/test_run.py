@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 import speft_core as sc
 from pico_run import make_config, make_model
-from speft_train import cli, results, stages, steps
+from speft_train import checkpoints, cli, results, stages, steps
 from speft_train.folder import RunFolder
 from speft_train.signals import Stopped
 
@@ -182,6 +183,25 @@ def test_a_kill_between_training_and_saving_costs_no_step(
     found = execute()
     assert found["digest"] == trained["digest"]
     assert found["steps"] == 6 and losses(found) == [row["loss"] for row in trained["history"]]
+
+
+def test_a_checkpoint_of_another_engine_starts_warm_and_says_so(tmp_path: Path, execute: Callable[..., dict[str, Any]]) -> None:
+    """The values, the schedule and the position are taken over; only Adam's moments start anew."""
+    whole = execute(evaluate={"enabled": False})
+    checkpoints.mark_complete(tmp_path / "run" / "checkpoint-4", {"engine": "deepspeed", "zero_stage": 2, "world_size": 2})
+    scheduler = tmp_path / "run" / "checkpoint-4" / "scheduler.pt"
+    state = torch.load(scheduler, weights_only=True)
+    torch.save({**state, "base_lrs": state["base_lrs"][:1], "_last_lr": state["_last_lr"][:1]}, scheduler)
+    for name in ("checkpoint-6", "adapter"):
+        shutil.rmtree(tmp_path / "run" / name)
+    warm = execute(evaluate={"enabled": False})
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "resumed from checkpoint-4" in report
+    assert "warm start: checkpoint-4 was made by engine deepspeed, zero_stage 2, world_size 2" in report
+    assert losses(warm)[:5] == pytest.approx(losses(whole)[:5], abs=1e-6)
+    rates = [[row["learning_rate"] for row in found["history"]] for found in (warm, whole)]
+    assert rates[0] == pytest.approx(rates[1])
+    assert warm["steps"] == 6 and warm["digest"] != whole["digest"]
 
 
 def test_same_seed_same_run_other_seed_other_run(execute: Callable[..., dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ tests/train/test_canaries.py fails when they change.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,16 @@ class RunTrainer(Trainer):
             self.optimizer.load_state_dict(state)
         else:
             self.warm_start = f"{folder.name} was made by {_words(theirs)}, this run is {_words(ours)}"
-        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):  # DeepSpeed keeps the state of its own ones
-            self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            return  # DeepSpeed keeps the state of its own ones
+        state = torch.load(folder / "scheduler.pt", weights_only=True)
+        if self.warm_start is None or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+            self.lr_scheduler.load_state_dict(state)
+            return
+        with warnings.catch_warnings():  # the state counts the parameter groups of its own setup; walk there instead
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            for _ in range(state["last_epoch"]):
+                self.lr_scheduler.step()
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
