@@ -52,6 +52,8 @@ class _Lazy(Mapping[str, SparseDelta]):
         self._last: tuple[str, SparseDelta] | None = None
 
     def __getitem__(self, name: str) -> SparseDelta:
+        if name not in self._listed:
+            raise KeyError(name)  # what Mapping.get expects; below, a KeyError means a damaged file
         if self._last is None or self._last[0] != name:
             self._last = None  # let the old one go first
             with _readable(self._folder):
