@@ -13,13 +13,4 @@ METRICS = (
 TASKS = ("causal_lm", "sequence_classification")
 TEMPLATES = ("question_answer", "alpaca", "chat", "multiple_choice")
 BUDGET_UNITS = ("k", "density", "like_lora_r")
-PROBLEM_KINDS = (
-    "add",
-    "subtract",
-    "multiply",
-    "add_add",
-    "add_subtract",
-    "subtract_add",
-    "multiply_add",
-    "multiply_subtract",
-)
+PROBLEM_KINDS = ("add", "subtract", "multiply", "add_add", "add_subtract", "subtract_add", "multiply_add", "multiply_subtract")

@@ -113,7 +113,9 @@ def attach(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None)
             parameter.requires_grad_(required)
 
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Attached(model=adapted, trainable=trainable, save=save, detach=detach, about=f"; {NAMES[section.method]} of rank {rank}")
+    return Attached(
+        model=adapted, trainable=trainable, save=save, detach=detach, about=f"; {NAMES[section.method]} of rank {rank}"
+    )
 
 
 @contextmanager

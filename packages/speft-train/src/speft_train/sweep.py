@@ -42,9 +42,7 @@ class Settings:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def execute(
-    config: Path, overrides: list[str], grid: list[str], seeds: int | None, dry_run: bool, settings: Settings
-) -> None:
+def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | None, dry_run: bool, settings: Settings) -> None:
     """One sweep, from its file to its table. A cell that fails is told at the end; the others go on."""
     console = Console()
     sweep = load_sweep(config, overrides, grid, seeds)
