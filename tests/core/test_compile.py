@@ -78,6 +78,7 @@ def test_values_written_behind_torchs_back_reach_a_compiled_forward() -> None:
     assert second == pytest.approx(loss_of(model).item(), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
 def test_checkpointing_and_autocast_inside_a_graph() -> None:
     from torch.utils.checkpoint import checkpoint
 

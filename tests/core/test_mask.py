@@ -60,28 +60,32 @@ def test_names_without_a_shape() -> None:
 def write(path: Path, **changes: Any) -> None:
     """A valid mask file of one tensor, or one with some of its parts changed."""
     tensors = {"a.gaps": gaps.encode(torch.tensor([1, 3], dtype=torch.int32))}
-    meta = {"format": "speft-mask", "version": "1", "made": "{}", "tensors": json.dumps({"a": {"shape": [4], "count": 2}})}
-    meta |= {k: v for k, v in changes.items() if k != "tensor"}
+    record: dict[str, Any] = {"version": 1, "made": {}, "tensors": {"a": {"shape": [4], "count": 2}}}
+    record |= {k: v for k, v in changes.items() if k not in ("tensor", "metadata")}
     tensors |= changes.get("tensor", {})
-    safetensors.torch.save_file(tensors, path, metadata={k: v for k, v in meta.items() if v is not None})
+    metadata = changes.get("metadata") or {"speft_mask": json.dumps({k: v for k, v in record.items() if v is not None})}
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
 
 
 HOSTILE: list[dict[str, Any]] = [
-    {"format": "pt"},
-    {"version": "2"},
+    {"metadata": {"format": "pt"}},
+    {"metadata": {"speft_mask": "{"}},
+    {"metadata": {"speft_mask": "[]"}},
+    {"metadata": {"speft_mask": "[" * 100_000}},
+    {"version": 2},
     {"version": "one"},
     {"version": None},
-    {"made": "{"},
+    {"made": 7},
     {"made": None},
-    {"tensors": "[]"},
+    {"tensors": []},
     {"tensors": None},
-    {"tensors": json.dumps({"a": {"shape": [4], "count": 3}})},
-    {"tensors": json.dumps({"a": {"shape": [4], "count": -1}})},
-    {"tensors": json.dumps({"a": {"shape": [4], "count": 10**15}})},
-    {"tensors": json.dumps({"a": {"shape": [2], "count": 2}})},
-    {"tensors": json.dumps({"a": {"shape": "x", "count": 2}})},
-    {"tensors": json.dumps({"b": {"shape": [4], "count": 2}})},
-    {"tensors": json.dumps({"a": 7})},
+    {"tensors": {"a": {"shape": [4], "count": 3}}},
+    {"tensors": {"a": {"shape": [4], "count": -1}}},
+    {"tensors": {"a": {"shape": [4], "count": 10**15}}},
+    {"tensors": {"a": {"shape": [2], "count": 2}}},
+    {"tensors": {"a": {"shape": "x", "count": 2}}},
+    {"tensors": {"b": {"shape": [4], "count": 2}}},
+    {"tensors": {"a": 7}},
     {"tensor": {"a.gaps": torch.tensor([1, 255, 255], dtype=torch.uint8)}},
     {"tensor": {"a.gaps": torch.ones(3)}},
 ]

@@ -221,7 +221,10 @@ def test_one_file_of_speft_hub_imports_huggingface_hub() -> None:
 
 def test_no_file_is_too_long() -> None:
     """Above 350 lines a file wants splitting; one with a reason to be longer is named here with it."""
-    reasons: dict[str, str] = {}
+    reasons = {
+        "tests/core/test_attach.py": "the promises of attach, all on one model",
+        "tests/hub/test_hazards.py": "one attack after another, in the order of the table in docs/hub.md",
+    }
     long = {
         str(path.relative_to(ROOT))
         for folder in ("packages", "tests", "benchmarks")

@@ -22,6 +22,7 @@ from .targets import base_parameters, head_and_embedding_names, parameter_shape
 
 DENSITY_OF = ("model", "targets", "body")
 MASK_FORMAT_VERSION = 1
+METADATA_KEY = "speft_mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,7 @@ class Budget:
     def __post_init__(self) -> None:
         given = [n for n in ("k", "density", "like_lora_r") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise UserError(
-                f"a budget takes exactly one of k, density and like_lora_r, got {', '.join(given) or 'none'}"
-            )
+            raise UserError(f"a budget takes exactly one of k, density and like_lora_r, got {', '.join(given) or 'none'}")
         for name in ("k", "like_lora_r"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -73,9 +72,7 @@ class Budget:
             if k == 0:
                 raise UserError(f"budget.density {self.density} of {whole:,} parameters keeps none; raise it")
         if k > pool:
-            raise UserError(
-                f"the budget must fit the targets: k = {k:,}, but {len(target_names)} targets hold {pool:,}"
-            )
+            raise UserError(f"the budget must fit the targets: k = {k:,}, but {len(target_names)} targets hold {pool:,}")
         return k
 
 
@@ -134,16 +131,15 @@ class SparsityMask:
                 raise UserError(f"the mask does not fit the model: the model has no parameter {name!r}")
             found = parameter_shape(parameters[name])
             if found != tuple(shape):
-                raise UserError(
-                    f"the mask does not fit the model: {name} has shape {found}, the mask wants {tuple(shape)}"
-                )
+                raise UserError(f"the mask does not fit the model: {name} has shape {found}, the mask wants {tuple(shape)}")
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: `<name>.gaps` per tensor, shapes and origin in its metadata."""
         order = {n: {"shape": list(self.shapes[n]), "count": i.numel()} for n, i in self.indices.items()}
-        metadata = {"format": "speft-mask", "version": str(MASK_FORMAT_VERSION), "tensors": json.dumps(order)}
-        metadata["made"] = json.dumps(self.made)
+        record = {"version": MASK_FORMAT_VERSION, "tensors": order, "made": self.made}
         tensors = {f"{n}.gaps": gaps.encode(i) for n, i in self.indices.items()}
+        # One key: safetensors writes several in any order, and equal masks should be equal files.
+        metadata = {METADATA_KEY: json.dumps(record)}
         atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata))
 
     @classmethod
@@ -152,23 +148,31 @@ class SparsityMask:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "speft-mask":
+                if METADATA_KEY not in metadata:
                     raise UserError(f"{path} is not a speft mask; a mask is written by SparsityMask.save")
-                if int(metadata["version"]) > MASK_FORMAT_VERSION:
-                    raise UserError(
-                        f"{path} has mask format {metadata['version']}, this speft reads up to {MASK_FORMAT_VERSION}"
-                    )
+                record = json.loads(metadata[METADATA_KEY])
+                if int(record["version"]) > MASK_FORMAT_VERSION:
+                    raise UserError(f"{path} has mask format {record['version']}, this speft reads up to {MASK_FORMAT_VERSION}")
                 indices, shapes = {}, {}
-                for name, entry in json.loads(metadata["tensors"]).items():
+                for name, entry in record["tensors"].items():
                     shapes[name] = tuple(int(n) for n in entry["shape"])
                     code = file.get_tensor(f"{name}.gaps")
                     indices[name] = gaps.decode(code, int(entry["count"]), math.prod(shapes[name]))
-                return cls(indices, shapes, json.loads(metadata["made"]))
+                return cls(indices, shapes, dict(record["made"]))
         except FileNotFoundError:
             raise UserError(f"no mask at {path}") from None
         except UserError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            OSError,
+        ) as error:
             raise UserError(f"{path} is not a readable speft mask: {error}") from None
 
 
