@@ -12,8 +12,9 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 import pico
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
+from speft_core.bank import AdapterBank
 from speft_core.merge import merge
-from speft_core.multihead import AdapterBank, MultiHeadModel
+from speft_core.multihead import MultiHeadModel
 
 LLAMA_LAYER, BERT_LAYER = "model.layers.1.mlp.down_proj.weight", "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -230,7 +231,10 @@ def test_a_bank_answers_each_row_by_its_own_adapter() -> None:
         expected = single(model, one, part) if one else model(**part).logits
         assert torch.equal(answers[i], expected[rows.index(i)])
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    with pytest.raises(UserError, match="no adapter 'c'"):
+    with pytest.raises(UserError, match="no adapter 'c'; it holds a, b"):
         bank(["c"] * 6, **batch)
-    with pytest.raises(UserError, match="at least one"):
-        AdapterBank(model, {})
+    bank.switch("a")
+    bank(routes, **batch)
+    assert bank.active == "a"
+    bank.close()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -2,13 +2,14 @@
 
 from .adapter import AdapterConfig, Applied, SparseAdapter
 from .attach import PlanRow, Tuner, attach
+from .bank import AdapterBank
 from .delta import SparseDelta
 from .dynamic import DynamicMask
 from .errors import UserError
 from .mask import Budget, SparsityMask
 from .merge import merge, merge_report, subtract
 from .merge_methods import METHODS as MERGE_METHODS
-from .multihead import AdapterBank, HeadOutput, MultiHeadModel
+from .multihead import HeadOutput, MultiHeadModel
 from .saliency import METRICS, Metric, find_mask, register_metric, saliency_scores, weight_change
 
 __all__ = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +38,13 @@ class AdapterBank:
     that use the same adapter run side by side, others wait their turn. On an accelerator, switch from the stream that
     computes.
 
-    While an adapter is in, the model counts as having one applied: `attach` refuses it.
+    Called with a batch, it answers each row by the row's own adapter. While an adapter is in, the model counts as having
+    one applied: `attach` refuses it.
+
+    adapters: name -> adapter to begin with; check_base: whether each must have been made for this model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapters: Mapping[str, SparseAdapter] | None = None, check_base: bool = True) -> None:
         if getattr(model, "_speft_tuner", None) is not None:
             raise UserError("a tuner is attached to this model; call its detach() before making a bank")
         if getattr(model, "_speft_applied", None):
@@ -58,6 +61,12 @@ class AdapterBank:
             model.register_forward_pre_hook(lambda *_: self._enter(None, switch=False)),
             model.register_forward_hook(lambda *_: self._leave(), always_call=True),
         ]
+        try:
+            for name, adapter in (adapters or {}).items():
+                self.add(name, adapter, check_base)
+        except UserError:
+            self.close()
+            raise
 
     @property
     def names(self) -> list[str]:
@@ -107,6 +116,23 @@ class AdapterBank:
             yield self.model
         finally:
             self._leave()
+
+    @torch.no_grad()
+    def __call__(self, routes: Sequence[str | None], **batch: Any) -> list[torch.Tensor]:
+        """The logits of each row, in order; `routes` names the adapter of each row, None the base.
+
+        Rows of one adapter are run together; what is in `batch` with one entry a row is cut accordingly. The answers are
+        those of the single models, whatever the adapters change. The adapter that was in is in again afterwards.
+        """
+        for name in routes:
+            self._known(name)
+        before, answers = self._active, dict[int, torch.Tensor]()
+        for name in dict.fromkeys(routes):
+            rows = [i for i, route in enumerate(routes) if route == name]
+            with self.using(name):
+                answers.update(zip(rows, self.model(**_rows(batch, rows, len(routes))).logits, strict=True))
+        self.switch(before)
+        return [answers[i] for i in range(len(routes))]
 
     def close(self) -> None:
         """Bring the base back and let go of the model."""
@@ -204,3 +230,8 @@ class AdapterBank:
             finally:
                 self._queue.remove(ticket)
                 self._changed.notify_all()
+
+
+def _rows(batch: Mapping[str, Any], rows: list[int], total: int) -> dict[str, Any]:
+    """Those rows of every tensor with `total` of them; all else as it is."""
+    return {k: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (total,) else v for k, v in batch.items()}

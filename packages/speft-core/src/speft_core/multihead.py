@@ -1,6 +1,6 @@
 """One body, many heads: the answers of several tasks from one forward.
 
-`MultiHeadModel` puts one (merged) adapter into a model and gives each task its own head. `AdapterBank` is the alternative
+`MultiHeadModel` puts one (merged) adapter into a model and gives each task its own head. `AdapterBank` (bank.py) is the alternative
 for adapters whose changes conflict: each row of a batch is routed to its own adapter.
 
 Shape suffixes: B rows of a batch, T tokens, D hidden size, L labels of a head.
@@ -8,7 +8,7 @@ Shape suffixes: B rows of a batch, T tokens, D hidden size, L labels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .adapter import Applied, SparseAdapter
 from .errors import UserError
 from .multihead_files import KINDS, Head, check_task, load_heads, save_heads
 
-__all__ = ["AdapterBank", "HeadOutput", "MultiHeadModel", "load_heads", "save_heads"]
+__all__ = ["HeadOutput", "MultiHeadModel", "load_heads", "save_heads"]
 
 
 @dataclass(frozen=True)
@@ -247,44 +247,3 @@ def last_tokens(hidden_BTD: torch.Tensor, batch: Mapping[str, Any], pad_token_id
         return torch.full((rows,), length - 1, device=hidden_BTD.device)
     positions_T = torch.arange(length, device=hidden_BTD.device)
     return (positions_T * real_BT.to(hidden_BTD.device)).argmax(dim=-1)
-
-
-class AdapterBank:
-    """Several adapters beside one model; each row of a batch is answered by its own.
-
-    Rows of one adapter are run together: it is applied in place, they are run, it is taken off. So any parameters may
-    differ, heads included, the answers are those of the single models, and memory is the model's plus the adapters'.
-    """
-
-    def __init__(self, model: nn.Module, adapters: Mapping[str, SparseAdapter], check_base: bool = True) -> None:
-        if not adapters:
-            raise UserError("a bank needs at least one adapter, got none")
-        self.model, self.adapters = model, dict(adapters)
-        for adapter in self.adapters.values():
-            adapter.check()
-            if check_base:
-                adapter.check_base(model)
-
-    @torch.no_grad()
-    def __call__(self, routes: Sequence[str | None], **batch: Any) -> list[torch.Tensor]:
-        """The logits of each row, in order; `routes` names the adapter of each row, None the base model.
-
-        They come as a list because heads may differ in their number of labels. Values of `batch` with one entry a row are cut.
-        """
-        for name in routes:
-            if name is not None and name not in self.adapters:
-                raise UserError(f"no adapter {name!r} in this bank; there are {', '.join(self.adapters)}")
-        answers: list[torch.Tensor | None] = [None] * len(routes)
-        for name in dict.fromkeys(routes):
-            rows = [i for i, route in enumerate(routes) if route == name]
-            part = {
-                k: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (len(routes),) else v for k, v in batch.items()
-            }
-            if name is None:
-                logits = self.model(**part).logits
-            else:
-                with self.adapters[name].applied(self.model, check_base=False):
-                    logits = self.model(**part).logits
-            for i, row in zip(rows, logits, strict=True):
-                answers[i] = row
-        return [a for a in answers if a is not None]
