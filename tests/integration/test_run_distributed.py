@@ -206,7 +206,7 @@ def group_lives(pid: int) -> bool:
     return True
 
 
-def wait_for(ready: Any, job: subprocess.Popen[bytes] | None = None, seconds: float = 120) -> None:
+def wait_for(ready: Any, job: subprocess.Popen[bytes] | None = None, seconds: float = 240) -> None:
     """Wait until `ready()`; fail when the job ends before."""
     end = time.monotonic() + seconds
     while not ready():
