@@ -30,7 +30,9 @@ def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
     assert times["floor"]["ratio"] == 1.0 and all(r["seconds"] > 0 for r in times.values())
     assert times["speft"]["trainable"] == times["LoRA r2"]["trainable"] > 0 == times["floor"]["trainable"]
     saved = {r["method"]: r["saved above floor"] for r in results["memory"]}
-    assert saved["floor"] == 0 <= saved["speft"] < saved["LoRA r2"]
+    # Inputs are made again, not kept; the layer of its own even saves a little that a Linear keeps, so below the floor is fine.
+    assert saved["floor"] == 0
+    assert saved["speft"] < saved["LoRA r2"]
     swaps = {r["method"]: r for r in results["swap"]}
     assert swaps["speft"]["changed"] == 0 < swaps["speft"]["elements"]
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
