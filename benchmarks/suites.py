@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from typing import Any
 from crew import HERE, crew, interleaved, ratios
 
 Rows = list[dict[str, Any]]
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # freed activations go back to the system at once, so that the peak means something
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "262144"
+}  # freed activations go back to the system at once, so that the peak means something
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,9 @@ class Options:
 
     def mask(self, metric: str, like_lora_r: int | None = None, **more: Any) -> str:
         """The path of a mask, made in a process of its own when it is not there."""
-        label = "_".join(str(v) for v in (self.model.rpartition(":")[2].rpartition("/")[2], metric, like_lora_r, *more.values()))
+        label = "_".join(
+            str(v) for v in (self.model.rpartition(":")[2].rpartition("/")[2], metric, like_lora_r, *more.values())
+        )
         path = self.output / f"mask_{label}.safetensors"
         if not path.is_file():
             spec = self.spec("mask", "fp32", metric=metric, like_lora_r=like_lora_r, mask=str(path), **more)
@@ -70,7 +75,7 @@ def step_time(o: Options) -> Rows:
             times = interleaved(made, list(specs), o.rounds)
             for name, row in ratios(times, "floor").items():
                 against = {
-                    f"over {other}": row["seconds"] / sorted(times[other])[len(times[other]) // 2]
+                    f"over {other}": row["seconds"] / statistics.median(times[other])
                     for other in ("LoRA r2", "SHiRA r2")
                     if other in times
                 }

@@ -1,7 +1,7 @@
 """One method in a process of its own. Reads commands from stdin, a line each, and answers each with a line of JSON.
 
-step: one optimizer step, its seconds. saved: bytes kept for backward. peak: the resident high-water mark above what it was before
-the first step. swap N: seconds of N rounds of putting the adapter on and off, and how many bits changed.
+step: one optimizer step, its seconds. saved: bytes kept for backward. peak: the resident high-water mark, reset before the first
+step. swap N: seconds of N rounds of putting the adapter on and off, and how many bits changed.
 """
 
 from __future__ import annotations
@@ -62,17 +62,16 @@ class Worker:
         return total
 
     def peak(self, steps: int = 3) -> int:
-        """Bytes by which the resident high-water mark of `steps` steps exceeds what was resident before the first."""
+        """The resident high-water mark of `steps` steps, in bytes, reset before the first. Weights count whenever they are read from disk."""
         gc.collect()
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except OSError:
             pass
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status("VmRSS")
         for _ in range(steps):
             self.step()
-        return _status("VmHWM") - before
+        return _status("VmHWM")
 
     def swap(self, rounds: int) -> dict[str, Any]:
         """Seconds a round of putting the adapter on and taking it off again, and the share of elements whose bits changed after all."""
@@ -101,7 +100,11 @@ class Worker:
         raw = {4: torch.int32, 2: torch.int16}
         as_bits = {n: raw[m.weight.element_size()] for n, m in bases.items()}
         changed = sum(int((m.weight.view(as_bits[n]) != before[n].view(as_bits[n])).sum()) for n, m in bases.items())
-        return {"seconds": sorted(times)[len(times) // 2], "changed": changed, "elements": sum(t.numel() for t in before.values())}
+        return {
+            "seconds": sorted(times)[len(times) // 2],
+            "changed": changed,
+            "elements": sum(t.numel() for t in before.values()),
+        }
 
 
 def _status(field: str) -> int:

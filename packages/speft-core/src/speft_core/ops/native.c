@@ -233,17 +233,51 @@ void speft_entries(const layout *at, const factor *x, int n, const factor *grad,
     }
 }
 
-/* weight[index[k]] = base[k] + values[k], rounded once, to nearest even, as PyTorch does. */
-void speft_write(void *weight, const int32_t *index, const void *base, const float *values, int64_t entries, int dtype) {
-    if (dtype == F32) {
-        for (int64_t k = 0; k < entries; k++) ((float *)weight)[index[k]] = ((const float *)base)[k] + values[k];
-        return;
-    }
+/* What the callers in native.py expect of this file; they refuse another. */
+int32_t speft_abi(void) { return 2; }
+
+#define AHEAD 24          /* entries between a prefetch and its use: the indices are sorted but far apart, each a cache miss */
+#define ALONE (1 << 14)   /* fewer entries than this are not worth a second thread */
+
+/* base + value, rounded once, to nearest even, as PyTorch does. */
+static inline uint16_t half_sum(float sum) {
+    uint32_t bits;
+    memcpy(&bits, &sum, 4);
+    return sum != sum ? 0x7fc0u : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* weight[index[k]] = base[k] + values[k]; with `held`, base[k] is what the weight holds and goes there first. */
+void speft_add(void *weight, const int32_t *index, const void *base, void *held, const void *values, int64_t entries, int dtype,
+               int values_dtype, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && entries > ALONE)
     for (int64_t k = 0; k < entries; k++) {
-        float sum = load(base, k, BF16) + values[k];
-        uint32_t bits;
-        memcpy(&bits, &sum, 4);
-        bits = sum != sum ? 0x7fc0u : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        ((uint16_t *)weight)[index[k]] = (uint16_t)bits;
+        int64_t ahead = index[k + AHEAD < entries ? k + AHEAD : entries - 1], at = index[k];
+        float value = load(values, k, values_dtype);
+        if (dtype == F32) {
+            float *place = (float *)weight;
+            __builtin_prefetch(place + ahead, 1);
+            if (held) ((float *)held)[k] = place[at];
+            place[at] = (held ? place[at] : ((const float *)base)[k]) + value;
+        } else {
+            uint16_t *place = (uint16_t *)weight;
+            __builtin_prefetch(place + ahead, 1);
+            if (held) ((uint16_t *)held)[k] = place[at];
+            place[at] = half_sum((held ? load(weight, at, BF16) : load(base, k, BF16)) + value);
+        }
+    }
+}
+
+/* weight[index[k]] = entries[k], bits as they are. */
+void speft_put(void *weight, const int32_t *index, const void *from, int64_t entries, int dtype, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && entries > ALONE)
+    for (int64_t k = 0; k < entries; k++) {
+        int64_t ahead = index[k + AHEAD < entries ? k + AHEAD : entries - 1];
+        if (dtype == F32) {
+            __builtin_prefetch((uint32_t *)weight + ahead, 1);
+            ((uint32_t *)weight)[index[k]] = ((const uint32_t *)from)[k];
+        } else {
+            __builtin_prefetch((uint16_t *)weight + ahead, 1);
+            ((uint16_t *)weight)[index[k]] = ((const uint16_t *)from)[k];
+        }
     }
 }

@@ -29,6 +29,7 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=fast")
 BUILD_SECONDS = 120
 TOKENS = 64  # as in native.c
+ABI = 2  # as in native.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -63,6 +64,7 @@ def _processor() -> str:
         return platform.processor()
 
 
+@functools.cache
 def _openmp() -> list[str]:
     """PyTorch's own OpenMP runtime, so that both use one pool of threads; none found means one thread."""
     folder = Path(torch.__file__).parent
@@ -109,6 +111,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 _build(compiler, target)
         library = ctypes.CDLL(str(target))
         library.speft_scratch.restype = ctypes.c_int64
+        if library.speft_abi() != ABI:  # native.c was changed while this process ran
+            return None, "native.c is of another version than native.py"
         return library, ""
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         return None, f"{compiler} cannot build it ({type(error).__name__})"
@@ -123,6 +127,10 @@ def fits(weight: torch.Tensor) -> bool:
     """Whether the compiled code takes weights like this one (CPU, fp32 or bf16, 32-bit indices) and is there."""
     small = weight.numel() < 2**31
     return weight.device.type == "cpu" and weight.dtype in DTYPES and small and _load()[0] is not None
+
+
+def _threads() -> int:
+    return torch.get_num_threads() if _openmp() else 1
 
 
 _local = threading.local()
@@ -165,9 +173,7 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
         return out_K.zero_()
     width = inputs.factors[0][0].shape[1]
     pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
-    parts = max(1, min(torch.get_num_threads(), -(-tokens // TOKENS)))
-    if not _openmp():
-        parts = 1
+    parts = max(1, min(_threads(), -(-tokens // TOKENS)))
     factors = (_Factor * len(inputs.factors))(*(_factor(f, d) for f, d in inputs.factors))
     scratch = _scratch(library.speft_scratch(pattern.reference, parts))
     library.speft_entries(
@@ -183,9 +189,34 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
     return out_K
 
 
-def native_write(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
-    """weight.view(-1)[indices] = base + values; the same bits as writing.scatter of writing.add_values."""
+def writes(weight: torch.Tensor, indices_K: torch.Tensor, *others_K: torch.Tensor) -> bool:
+    """Whether native_add and native_put take these: all on the CPU, contiguous, of a length; int32 indices; fp32 or bf16."""
+    if indices_K.dtype != torch.int32 or not indices_K.is_contiguous() or not weight.is_contiguous() or not fits(weight):
+        return False
+    count = indices_K.numel()
+    plain = (t.dtype in DTYPES and t.numel() == count and t.device.type == "cpu" and t.is_contiguous() for t in others_K)
+    return indices_K.device.type == "cpu" and all(plain)
+
+
+def native_add(
+    weight: torch.Tensor,
+    indices_K: torch.Tensor,
+    values_K: torch.Tensor,
+    base_K: torch.Tensor | None = None,
+    held_K: torch.Tensor | None = None,
+) -> None:
+    """weight.view(-1)[indices] = base + values, the bits of writing.add_values. Without base, what the weight holds, which goes
+    into `held_K` first. One pass over the entries; check with `writes` before."""
     library = _load()[0]
-    assert library is not None
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, indices_K, base_K, values_K))
-    library.speft_write(*pointers, ctypes.c_int64(indices_K.numel()), DTYPES[weight.dtype])
+    assert library is not None and (base_K is None) != (held_K is None)
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (weight, indices_K, base_K, held_K, values_K)]
+    dtypes = (DTYPES[weight.dtype], DTYPES[values_K.dtype])
+    library.speft_add(*pointers, ctypes.c_int64(indices_K.numel()), *dtypes, _threads())
+
+
+def native_put(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor) -> None:
+    """weight.view(-1)[indices] = entries, of the weight's dtype, bits as they are; check with `writes` before."""
+    library = _load()[0]
+    assert library is not None and entries_K.dtype == weight.dtype
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, indices_K, entries_K))
+    library.speft_put(*pointers, ctypes.c_int64(indices_K.numel()), DTYPES[weight.dtype], _threads())
