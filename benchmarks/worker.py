@@ -62,7 +62,7 @@ class Worker:
         return total
 
     def peak(self, steps: int = 3) -> int:
-        """The resident high-water mark of `steps` steps, in bytes, reset before the first. Weights count whenever they are read from disk."""
+        """The resident high-water mark of `steps` steps, in bytes, reset before the first; the weights are in it."""
         gc.collect()
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
