@@ -98,12 +98,39 @@ def plots(results: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def write(results: dict[str, Any], folder: Path) -> str:
-    """results.json, results.md and the plots into `folder`; returns the Markdown."""
+def described(results: dict[str, Any]) -> str:
+    """The machine and the versions, a sentence."""
     about = results["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     cpu = f"{about.get('cpu', about['machine'])} ({', '.join(about.get('instructions', [])) or 'no vector flags known'})"
-    parts = [f"{about['threads']} threads of {cpu}; {versions}; compiled plan: {about['compiled plan']}."]
+    return f"{about['threads']} threads of {cpu}; {versions}; compiled plan: {about['compiled plan']}."
+
+
+def summary(results: dict[str, Any], dtype: str) -> str:
+    """For README: the methods at equal trainable parameters, side by side; what was not measured is left out."""
+    wanted = {
+        "step time / floor": ("step_time", "ratio", ""),
+        "kept for backward above the floor": ("memory", "saved above floor", " MB"),
+        "peak memory above the floor": ("memory", "peak above floor", " MB"),
+        "on + off": ("swap", "seconds", " ms"),
+        "bits changed by on + off": ("swap", "changed", ""),
+    }
+    columns = {}
+    for title, (suite, key, unit) in wanted.items():
+        rows = {r["method"]: r[key] for r in results.get(suite, []) if r["dtype"] == dtype and key in r}
+        scale = {" MB": 1e-6, " ms": 1e3, "": 1}[unit]
+        if rows:
+            digits = 0 if unit == " MB" or key == "changed" else 1 if unit else 2
+            columns[title] = {m: f"{v * scale:,.{digits}f}{unit}" for m, v in rows.items()}
+    methods = [m for m in ("speft", "speft random", "LoRA r2", "SHiRA r2", "full") if any(m in c for c in columns.values())]
+    lines = ["| " + " | ".join(["", *columns]) + " |", "|---|" + "---:|" * len(columns)]
+    lines += ["| " + " | ".join([m, *(c.get(m, "") for c in columns.values())]) + " |" for m in methods]
+    return "\n".join(lines) + f"\n\n{described(results)}\n"
+
+
+def write(results: dict[str, Any], folder: Path) -> str:
+    """results.json, results.md and the plots into `folder`; returns the Markdown."""
+    parts = [described(results)]
     for name, rows in results.items():
         if isinstance(rows, list) and rows:
             parts.append(f"### {name}\n\n{table(rows)}")

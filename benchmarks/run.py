@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from models import BUNDLED
-from report import into_docs, machine, write
+from report import into_docs, machine, summary, write
 from suites import SUITES, Options
 
 
@@ -30,10 +30,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("--docs", type=Path, help="a page that takes the tables between its result markers")
+    parser.add_argument("--tables-only", action="store_true", help="measure nothing, write what earlier runs found")
+    parser.add_argument("--readme", type=Path, help="a page that takes the short table between its result markers")
     found = parser.parse_args(words)
     unknown = [s for s in found.suites if s not in SUITES]
     if unknown:
         parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    if found.tables_only and not (found.output / "results.json").is_file():
+        parser.error(f"--tables-only writes what an earlier run found; {found.output} has no results.json")
     return found
 
 
@@ -55,18 +59,22 @@ def main(words: list[str] | None = None) -> None:
     )
     earlier = asked.output / "results.json"
     results = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
-    results["machine"] = machine(asked.threads)
-    for name in asked.suites or SUITES:
+    if not asked.tables_only:
+        results["machine"] = machine(asked.threads)
+    for name in [] if asked.tables_only else asked.suites or SUITES:
         print(f"{name} ...", file=sys.stderr, flush=True)
         fresh = SUITES[name](options)
         if name in ("step_time", "memory", "swap", "wide"):
             kept = [r for r in results.get(name, []) if r["dtype"] not in options.dtypes]
             fresh = sorted(kept + fresh, key=lambda r: r["dtype"] != "fp32")
         results[name] = fresh
-        text = write(results, asked.output)
+        write(results, asked.output)
+    text = write(results, asked.output)
     print(text)
     if asked.docs:
         into_docs(text, asked.docs)
+    if asked.readme:
+        into_docs(summary(results, options.dtypes[0]), asked.readme)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,18 @@ def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| dtype | method |" in text and "torch" in text
     assert (tmp_path / "step_time.png").stat().st_size > 1000
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results -->old<!-- end of results -->\nafter\n", encoding="utf-8")
+    bench("--tables-only", "--dtype", "fp32", "--output", str(tmp_path), "--readme", str(page))
+    short = page.read_text(encoding="utf-8")
+    assert short.startswith("before") and short.endswith("after\n") and "old" not in short
+    assert f"| speft | {times['speft']['ratio']:.2f} |" in short and "| LoRA r2 |" in short
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_tables_of_nothing_are_refused(tmp_path: Path) -> None:
+    done = bench("--tables-only", "--output", str(tmp_path), check=False)
+    assert done.returncode == 2 and "has no results.json" in done.stderr
 
 
 def test_an_unknown_suite_is_refused() -> None:
