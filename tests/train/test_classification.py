@@ -16,8 +16,8 @@ import speft_core as sc
 from speft_core.errors import UserError
 from speft_train import classification, cli, heads, models, results
 from speft_train.attached import Attached
-from speft_train.config import METHODS as NAMES
 from speft_train.config import METRICS, RunConfig, from_mapping
+from speft_train.config_names import METHODS as NAMES
 from speft_train.data.labelled import encoder
 from speft_train.data.labels import LabelSpace
 from speft_train.folder import RunFolder

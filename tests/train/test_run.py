@@ -13,7 +13,7 @@ import torch
 
 import speft_core as sc
 from pico_run import make_config, make_model
-from speft_train import checkpoints, cli, results, stages, steps
+from speft_train import checkpoints, cli, results, scoring, stages
 from speft_train.folder import RunFolder
 from speft_train.signals import Stopped
 
@@ -271,7 +271,7 @@ def test_activation_checkpointing_clipping_and_a_ready_mask(tmp_path: Path, exec
 def test_random_masks_read_no_data_and_dense_parts_are_trained(
     tmp_path: Path, execute: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "_calibration", lambda run: pytest.fail("a random mask read calibration data"))
+    monkeypatch.setattr(scoring, "calibration", lambda *_: pytest.fail("a random mask read calibration data"))
     sections = {"metric": "random", "train_dense": ["model.norm"]}
     found = execute(adapter=sections, evaluate={"enabled": False})
     k = round(0.05 * found["total_parameters"])

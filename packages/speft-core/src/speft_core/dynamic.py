@@ -34,6 +34,12 @@ from .saliency.passes import Pass, Statistics, mean_gradient
 from .select import select_topk
 
 OPTIMIZER_STATES = ("clear", "keep")
+Chosen = tuple[SparsityMask, bool]  # the new mask, and whether what leaves it returns to the base
+
+
+def here(choose: Callable[[], Chosen]) -> Chosen:
+    """Choose in this process: what DynamicMask.agree does with one."""
+    return choose()
 
 
 @dataclass(kw_only=True)
@@ -44,7 +50,8 @@ class DynamicMask:
     the same ones whenever n is the same, or a resumed run goes another way. policy: a name of POLICIES. metric, scope, loss_fn,
     memory_limit, options: as in find_mask ("grow_and_drop" grows by the gradient). optimizer_state: "clear" starts the
     optimizer afresh, as Algorithm 1 does; "keep" keeps what belongs to surviving entries. swap: share of k that
-    "grow_and_drop" exchanges. stop_after: no change after so many optimizer steps.
+    "grow_and_drop" exchanges. stop_after: no change after so many optimizer steps. agree: with several processes that hold the
+    same model, calls the function it is given on one of them and returns its result on all.
     """
 
     tuner: Tuner
@@ -59,6 +66,7 @@ class DynamicMask:
     optimizer_state: str = "clear"
     swap: float = 0.2
     stop_after: int | None = None
+    agree: Callable[[Callable[[], Chosen]], Chosen] = here
     steps: int = field(default=0, init=False)
     changes: list[dict[str, Any]] = field(default_factory=list, init=False)
 
@@ -74,6 +82,7 @@ class DynamicMask:
         if not 0 < self.swap <= 1:
             raise UserError(f"swap must lie in (0, 1], got {self.swap!r}")
         self.made = dict(self.tuner.mask.made)
+        self.k = self.tuner.mask.nnz  #: what every mask may hold; a structure's last unit may not fit in
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Count one optimizer step; change the mask when it is time. Returns whether it changed."""
@@ -86,7 +95,7 @@ class DynamicMask:
     def change(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Choose a new mask by the policy and train it from now on."""
         number, before = len(self.changes) + 1, self.tuner.mask
-        mask, revert = POLICIES[self.policy](self, number)
+        mask, revert = self.agree(lambda: POLICIES[self.policy](self, number))
         remask(self.tuner, mask, revert)
         if optimizer is not None:
             _move_state(optimizer, self.tuner, before, mask, self.optimizer_state == "keep")
@@ -141,17 +150,17 @@ class DynamicMask:
         self.steps, self.changes = int(state["steps"]), [dict(c) for c in state["changes"]]
 
 
-def _rescore(dynamic: DynamicMask, number: int) -> tuple[SparsityMask, bool]:
+def _rescore(dynamic: DynamicMask, number: int) -> Chosen:
     """Algorithm 1: score the model as it has become on fresh examples and take the k best."""
     tuner = dynamic.tuner
     mask = find_mask(
-        tuner.model, dynamic.batches(number), dynamic.metric, Budget(k=tuner.mask.nnz), list(tuner.values), dynamic.scope,
+        tuner.model, dynamic.batches(number), dynamic.metric, Budget(k=dynamic.k), list(tuner.values), dynamic.scope,
         dynamic.loss_fn, memory_limit=dynamic.memory_limit, **dynamic.find_options,
     )  # fmt: skip
     return SparsityMask(mask.indices, mask.shapes, {**dynamic.made, "changed": number}), False
 
 
-def _grow_and_drop(dynamic: DynamicMask, number: int) -> tuple[SparsityMask, bool]:
+def _grow_and_drop(dynamic: DynamicMask, number: int) -> Chosen:
     """SpIEL (arXiv 2401.16405): the entries that moved least return to the base, as many with the largest gradients grow."""
     tuner = dynamic.tuner
     k = tuner.mask.nnz
@@ -176,10 +185,7 @@ def _grow_and_drop(dynamic: DynamicMask, number: int) -> tuple[SparsityMask, boo
     return SparsityMask(indices, tuner.mask.shapes, {**dynamic.made, "changed": number}), True
 
 
-POLICIES: dict[str, Callable[[DynamicMask, int], tuple[SparsityMask, bool]]] = {
-    "rescore": _rescore,
-    "grow_and_drop": _grow_and_drop,
-}
+POLICIES: dict[str, Callable[[DynamicMask, int], Chosen]] = {"rescore": _rescore, "grow_and_drop": _grow_and_drop}
 
 
 def _move_state(optimizer: torch.optim.Optimizer, tuner: Tuner, before: SparsityMask, after: SparsityMask, keep: bool) -> None:

@@ -27,6 +27,7 @@ class Attached:
     save: Callable[[Path], None]  #: write what ships into an empty folder
     detach: Callable[[], None]  #: take it off; the base is as before
     about: str = ""  #: for the terminal, after the count
+    tuner: sc.Tuner | None = None  #: of a sparse method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 checkpoint-120/
   trainable.safetensors   every trained parameter by name (rank 0)
+  dynamic.safetensors     of a mask that changes: what trains, what rests, how far it moved, the changes so far
   global_step120/         DeepSpeed: each rank's optimizer state       optimizer.pt   one plain process
   scheduler.pt, trainer_state.json, rng_state*.pth                     of transformers
   COMPLETE                written last, after all ranks have written theirs
@@ -19,11 +20,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import speft_core as sc
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
 MARKER = "COMPLETE"
-TRAINABLE = "trainable.safetensors"
+TRAINABLE, DYNAMIC = "trainable.safetensors", "dynamic.safetensors"
 PREFIX = "checkpoint-"
 # Left free beside a checkpoint: the report, the logs and the adapter follow.
 SPARE_BYTES = 64 << 20
@@ -94,6 +96,29 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
     state = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
     require_space(folder.parent, sum(p.numel() * BYTES_PER_SCALAR for p in state.values()), f"checkpoint {folder.name}")
     atomic_write(folder / TRAINABLE, lambda file: safetensors.torch.save_file(state, file))
+
+
+def save_dynamic(dynamic: sc.DynamicMask, folder: Path) -> None:
+    """Write the state of a mask that changes."""
+    state = dynamic.state_dict()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.pop("tensors").items()}
+    metadata = {"state": json.dumps(state)}
+    atomic_write(folder / DYNAMIC, lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata))
+
+
+def load(model: nn.Module, folder: Path, dynamic: sc.DynamicMask | None = None) -> None:
+    """Put a checkpoint's values, and the mask that it had, into the model."""
+    if dynamic is not None:
+        try:
+            with safetensors.safe_open(str(folder / DYNAMIC), framework="pt") as file:
+                state = json.loads((file.metadata() or {})["state"])
+                state["tensors"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"{folder / DYNAMIC} cannot be read ({error}); remove {folder} to start from the one before"
+            ) from None
+        dynamic.load_state_dict(state)
+    load_trainable(model, folder)
 
 
 @torch.no_grad()

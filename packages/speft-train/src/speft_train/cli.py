@@ -67,6 +67,32 @@ def sweep_command(
     raise typer.Exit(guarded(lambda: sweep.execute(config, plain, axes, seeds, dry_run, settings)))
 
 
+@app.command("mask")
+def mask_command(
+    config: ConfigArg,
+    overrides: OverridesArg = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="save it as this file, and leave the run's folder alone")
+    ] = None,
+) -> None:
+    """Compute a run's mask and save it; the run itself, and adapter.mask=FILE of another, take it up."""
+    from . import masks
+
+    _quiet()
+    raise typer.Exit(guarded(lambda: masks.find(config, overrides or [], output)))
+
+
+@app.command("inspect")
+def inspect_command(
+    masks: Annotated[list[Path], typer.Argument(help="mask files, run folders or adapter folders", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="draw the pictures into this folder")] = None,
+) -> None:
+    """Print the density of masks by layer and module, and how much several of them share."""
+    from .masks import inspect
+
+    raise typer.Exit(guarded(lambda: inspect(masks, output)))
+
+
 def main() -> None:
     """The `speft-train` command."""
     app()
@@ -126,8 +152,8 @@ def execute(config: Path, overrides: list[str], dry_run: bool) -> None:
     run_checked(cfg, folder, console)
 
 
-def run_checked(cfg: Any, folder: Any, console: Any) -> None:
-    """One run, from its checked config and folder to its summary."""
+def run_checked(cfg: Any, folder: Any, console: Any, only: str | None = None, end: Callable[[Any], None] | None = None) -> None:
+    """One run, from its checked config and folder to its summary; or `only` one stage, and another `end`."""
     from . import engine, report, stages
     from .context import Run
 
@@ -135,9 +161,9 @@ def run_checked(cfg: Any, folder: Any, console: Any) -> None:
         ranks = engine.start(cfg.deepspeed)
         ranks.on_main(lambda: folder.claim(cfg))
         this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
-        stages.run_stages(this)
+        stages.run_stages(this, only)
         if ranks.is_main:
-            report.print_summary(this)
+            (end or report.print_summary)(this)
         ranks.barrier()
         engine.stop(ranks)  # not after a failure: it could wait for ranks that never come
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,188 +18,123 @@ from omegaconf import OmegaConf
 
 from speft_core.errors import UserError
 
-from .config_checks import check_tree
+from .config_adapter import AdapterSection, BudgetConfig, DynamicConfig, check_adapter
+from .config_checks import check_tree, key
 from .config_layers import read_layers
-from .config_names import BUDGET_UNITS, METHODS, METRICS, PEFT_METHODS, PROBLEM_KINDS, TASKS, TEMPLATES
+from .config_names import METRICS, PROBLEM_KINDS, TASKS, TEMPLATES
 
-
-def _key(default: Any, doc: str, **rules: Any) -> Any:
-    """A field with one line of documentation and the rules that its value must keep (see config_checks)."""
-    metadata = {"doc": doc, **rules}
-    if isinstance(default, type) or callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+__all__ = ["METRICS", "AdapterSection", "BudgetConfig", "DynamicConfig", "RunConfig", "from_mapping", "load_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """The head of a sequence_classification model."""
 
-    train: bool = _key(True, "train it whole, beside the adapter; false leaves it as it starts")
-    init_std: float | None = _key(
+    train: bool = key(True, "train it whole, beside the adapter; false leaves it as it starts")
+    init_std: float | None = key(
         None, "spread of its random start; default: 0.06 / sqrt(width) on a decoder, the model's own on an encoder", above=0
     )
-    words: dict[str, str] = _key(dict, "label -> answer word: the head starts as these rows of the vocabulary head")
+    words: dict[str, str] = key(dict, "label -> answer word: the head starts as these rows of the vocabulary head")
+    weight_decay: float | None = key(None, "its own weight decay; default: train.weight_decay", minimum=0, added=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The pre-trained model and the form in which its weights are held."""
 
-    name: str = _key("", "Hub id, folder, bundled:smollm2-135m or bundled:minilm-l6", required=True)
-    revision: str | None = _key(None, "branch, tag or commit of a Hub model")
-    task: str = _key("causal_lm", "kind of model to load", choices=TASKS)
-    num_labels: int | None = _key(None, "outputs of a classification head; default: read from the data", minimum=1)
-    head: HeadConfig = _key(HeadConfig, "the head of a sequence_classification model")
-    dtype: str = _key(
-        "auto",
-        "dtype of the weights; auto is that of the checkpoint",
-        choices=("auto", "float32", "bfloat16", "float16"),
+    name: str = key("", "Hub id, folder, bundled:smollm2-135m or bundled:minilm-l6", required=True)
+    revision: str | None = key(None, "branch, tag or commit of a Hub model")
+    task: str = key("causal_lm", "kind of model to load", choices=TASKS)
+    num_labels: int | None = key(None, "outputs of a classification head; default: read from the data", minimum=1)
+    head: HeadConfig = key(HeadConfig, "the head of a sequence_classification model")
+    dtype: str = key(
+        "auto", "dtype of the weights; auto is that of the checkpoint", choices=("auto", "float32", "bfloat16", "float16")
     )
-    attn_implementation: str | None = _key(None, "attention of transformers: eager, sdpa, flash_attention_2, ...")
-    cache_dir: str | None = _key(
-        None, "folder for downloaded and converted models (default: the Hugging Face and speft caches)"
-    )
+    attn_implementation: str | None = key(None, "attention of transformers: eager, sdpa, flash_attention_2, ...")
+    cache_dir: str | None = key(None, "folder for downloaded and converted models (default: the Hugging Face and speft caches)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordProblemsConfig:
     """How hard `bundled:word-problems` is."""
 
-    kinds: list[str] = _key(
+    kinds: list[str] = key(
         lambda: list(PROBLEM_KINDS), "kinds of problems, drawn in equal shares", each=PROBLEM_KINDS, nonempty=True
     )
-    max_number: int = _key(60, "largest number that is added or subtracted", minimum=20, maximum=100_000)
-    max_factor: int = _key(12, "largest factor of a multiplication", minimum=8, maximum=1000)
-    seed: int = _key(0, "seed of the problems; train and test stay disjoint under every seed", minimum=0)
+    max_number: int = key(60, "largest number that is added or subtracted", minimum=20, maximum=100_000)
+    max_factor: int = key(12, "largest factor of a multiplication", minimum=8, maximum=1000)
+    seed: int = key(0, "seed of the problems; train and test stay disjoint under every seed", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the examples come from, and how they become token ids and labels."""
 
-    train: str = _key("", "bundled:word-problems, a .jsonl or .csv file, or a Hub data set id", required=True)
-    test: str | None = _key(None, "held-out data to evaluate on; default: the test split of train, if it has one")
-    validation: str | None = _key(None, "data for the loss during training; none if absent")
-    subset: str | None = _key(None, "configuration name of a Hub data set, such as main")
-    revision: str | None = _key(None, "branch, tag or commit of a Hub data set")
-    train_split: str = _key("train", "split of train, for Hub and bundled data")
-    test_split: str = _key("test", "split of test, for Hub and bundled data")
-    validation_split: str = _key("validation", "split of validation, for Hub and bundled data")
-    template: str = _key("question_answer", "how a row becomes a prompt and an answer", choices=TEMPLATES)
-    columns: dict[str, str] = _key(
+    train: str = key("", "bundled:word-problems, a .jsonl or .csv file, or a Hub data set id", required=True)
+    test: str | None = key(None, "held-out data to evaluate on; default: the test split of train, if it has one")
+    validation: str | None = key(None, "data for the loss during training; none if absent")
+    subset: str | None = key(None, "configuration name of a Hub data set, such as main")
+    revision: str | None = key(None, "branch, tag or commit of a Hub data set")
+    train_split: str = key("train", "split of train, for Hub and bundled data")
+    test_split: str = key("test", "split of test, for Hub and bundled data")
+    validation_split: str = key("validation", "split of validation, for Hub and bundled data")
+    template: str = key("question_answer", "how a row becomes a prompt and an answer", choices=TEMPLATES)
+    columns: dict[str, str] = key(
         dict, "role -> column of the data: roles of the template, or text, text_pair and label for classification"
     )
-    labels: str = _key("auto", "labels are classes, or numbers to predict", choices=("auto", "classes", "numbers"))
-    label_names: list[str] = _key(list, "classes in the order of the outputs; default: sorted, as the data have them")
-    instruction: str | None = _key(None, "words around the text of a classification: {text} and {text_pair} stand in it")
-    system_prompt: str | None = _key(None, "system message of the chat template")
-    train_size: int | None = _key(
-        None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1
-    )
-    test_size: int | None = _key(None, "number of test rows, the first ones", minimum=1)
-    validation_size: int | None = _key(None, "number of validation rows, the first ones", minimum=1)
-    validation_from_train: int = _key(0, "take this many rows from the end of train for validation", minimum=0)
-    max_length: int = _key(1024, "longest example in tokens, prompt and answer", minimum=2)
-    overlong: str = _key("drop", "what to do with longer training examples; test texts are cut", choices=("drop", "truncate"))
-    prompt_loss: bool = _key(False, "learn the prompt's tokens too, not the answer's alone")
-    word_problems: WordProblemsConfig = _key(WordProblemsConfig, "options of bundled:word-problems")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """How many scalars are trained: exactly one of k, density and like_lora_r; setting one drops the others of the
-    base file.
-    """
-
-    k: int | None = _key(None, "number of scalars", minimum=1)
-    density: float | None = _key(None, "share of the scalars that `of` names", above=0, maximum=1)
-    of: str = _key("model", "what density is a share of", choices=("model", "targets", "body"))
-    like_lora_r: int | None = _key(None, "as many scalars as LoRA of this rank has on the same targets", minimum=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """LoRA, for comparison."""
-
-    r: int | None = _key(None, "rank; default: the largest whose parameters stay within adapter.budget", minimum=1)
-    alpha: float | None = _key(None, "scale is alpha / r; default: alpha = r", above=0)
-    dropout: float = _key(0.0, "dropout before the down projection", minimum=0, below=1)
-    targets: str | list[str] | None = _key(None, "modules; default: adapter.targets")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterSection:
-    """What is trained."""
-
-    method: str = _key("sparse", "how the model is adapted", choices=METHODS)
-    metric: str = _key("gradient", "saliency metric that chooses the scalars", choices=METRICS)
-    budget: BudgetConfig = _key(BudgetConfig, "how many scalars are trained")
-    targets: str | list[str] = _key(
-        "all-linear", "parameters to choose from: names, suffixes, a regex, all-linear or body"
-    )
-    scope: str = _key(
-        "global", "one threshold over all targets, or the same density in each", choices=("global", "local")
-    )
-    random_mode: str = _key(
-        "exact", "exactly k scalars, or each drawn on its own (metric random)", choices=("exact", "bernoulli")
-    )
-    backward: str = _key(
-        "auto", "how the gradient of the values is computed", choices=("auto", "compact", "sampled", "dense")
-    )
-    calibration_examples: int = _key(1024, "training examples that the saliency pass reads", minimum=1)
-    calibration_batch_size: int = _key(16, "examples a batch of the saliency pass", minimum=1)
-    dtype: str | None = _key(
-        None, "dtype of the saved values; default: that of the weights", choices=("float32", "bfloat16", "float16")
-    )
-    train_dense: list[str] = _key(list, "parameters that are trained whole, such as a classification head")
-    mask: str | None = _key(None, "a saved mask to use in place of the saliency pass")
-    lora: LoraConfig = _key(LoraConfig, "options of method lora")
+    labels: str = key("auto", "labels are classes, or numbers to predict", choices=("auto", "classes", "numbers"))
+    label_names: list[str] = key(list, "classes in the order of the outputs; default: sorted, as the data have them")
+    instruction: str | None = key(None, "words around the text of a classification: {text} and {text_pair} stand in it")
+    system_prompt: str | None = key(None, "system message of the chat template")
+    train_size: int | None = key(None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1)
+    test_size: int | None = key(None, "number of test rows, the first ones", minimum=1)
+    validation_size: int | None = key(None, "number of validation rows, the first ones", minimum=1)
+    validation_from_train: int = key(0, "take this many rows from the end of train for validation", minimum=0)
+    max_length: int = key(1024, "longest example in tokens, prompt and answer", minimum=2)
+    overlong: str = key("drop", "what to do with longer training examples; test texts are cut", choices=("drop", "truncate"))
+    prompt_loss: bool = key(False, "learn the prompt's tokens too, not the answer's alone")
+    word_problems: WordProblemsConfig = key(WordProblemsConfig, "options of bundled:word-problems")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepspeedSection:
     """DeepSpeed. A run in one plain process needs none of it."""
 
-    enabled: str | bool = _key(
-        "auto", "auto is true when the deepspeed launcher started the run", choices=("auto", True, False)
-    )
-    zero_stage: int = _key(
+    enabled: str | bool = key("auto", "auto is true when the deepspeed launcher started the run", choices=("auto", True, False))
+    zero_stage: int = key(
         0, "what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too", minimum=0, maximum=3
     )
-    offload_optimizer: str | None = _key(None, "where optimizer states live", choices=("none", "cpu"))
-    offload_param: str | None = _key(None, "where partitioned weights live (stage 3)", choices=("none", "cpu"))
-    config: str | dict[str, Any] | None = _key(
-        None, "a DeepSpeed config (JSON file or mapping) whose keys win over ours"
-    )
+    offload_optimizer: str | None = key(None, "where optimizer states live", choices=("none", "cpu"))
+    offload_param: str | None = key(None, "where partitioned weights live (stage 3)", choices=("none", "cpu"))
+    config: str | dict[str, Any] | None = key(None, "a DeepSpeed config (JSON file or mapping) whose keys win over ours")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What is measured on the test data, before and after training."""
 
-    enabled: bool = _key(True, "evaluate at all")
-    base: bool = _key(True, "evaluate the model before training too")
-    generation: bool = _key(True, "generate answers and score them by exact match")
-    loss: bool = _key(True, "mean loss per answer token on the test data")
-    batch_size: int = _key(32, "prompts generated at once", minimum=1)
-    max_new_tokens: int = _key(256, "longest generated answer in tokens", minimum=1)
-    limit: int | None = _key(None, "number of test rows that are evaluated, the first ones", minimum=1)
-    examples: int = _key(5, "generated answers shown in the report", minimum=0)
+    enabled: bool = key(True, "evaluate at all")
+    base: bool = key(True, "evaluate the model before training too")
+    generation: bool = key(True, "generate answers and score them by exact match")
+    loss: bool = key(True, "mean loss per answer token on the test data")
+    batch_size: int = key(32, "prompts generated at once", minimum=1)
+    max_new_tokens: int = key(256, "longest generated answer in tokens", minimum=1)
+    limit: int | None = key(None, "number of test rows that are evaluated, the first ones", minimum=1)
+    examples: int = key(5, "generated answers shown in the report", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run."""
 
-    output_dir: str = _key("", "folder of the run's results", required=True)
-    seed: int = _key(0, "seed of the mask, the order of the data and everything else that is drawn", minimum=0)
-    model: ModelConfig = _key(ModelConfig, "the pre-trained model")
-    data: DataConfig = _key(DataConfig, "the examples")
-    adapter: AdapterSection = _key(AdapterSection, "what is trained")
-    train: dict[str, Any] = _key(dict, "fields of transformers.TrainingArguments, and global_batch_size")
-    deepspeed: DeepspeedSection = _key(DeepspeedSection, "DeepSpeed")
-    evaluate: EvaluateConfig = _key(EvaluateConfig, "what is measured")
+    output_dir: str = key("", "folder of the run's results", required=True)
+    seed: int = key(0, "seed of the mask, the order of the data and everything else that is drawn", minimum=0)
+    model: ModelConfig = key(ModelConfig, "the pre-trained model")
+    data: DataConfig = key(DataConfig, "the examples")
+    adapter: AdapterSection = key(AdapterSection, "what is trained")
+    train: dict[str, Any] = key(dict, "fields of transformers.TrainingArguments, and global_batch_size")
+    deepspeed: DeepspeedSection = key(DeepspeedSection, "DeepSpeed")
+    evaluate: EvaluateConfig = key(EvaluateConfig, "what is measured")
 
 
 SECTIONS = tuple(f.name for f in fields(RunConfig))
@@ -236,9 +171,20 @@ def to_yaml(cfg: RunConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
 
 
+def identity_dict(cfg: Any) -> dict[str, Any]:
+    """`to_dict` without the keys that came later and are at their default: a new version's key makes no run another."""
+    tree = {}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.metadata.get("added") and value == getattr(type(cfg)(), f.name):
+            continue
+        tree[f.name] = identity_dict(value) if is_dataclass(value) else value
+    return tree
+
+
 def section_hash(cfg: RunConfig, *sections: str) -> str:
     """A short hash of some sections (all if none is named; dots reach into one, as in "adapter.budget")."""
-    tree = to_dict(cfg)
+    tree = identity_dict(cfg)
     chosen = {name: _reach(tree, name) for name in sections or SECTIONS}
     text = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -256,9 +202,7 @@ def batch_plan(cfg: RunConfig, world_size: int) -> tuple[int, int]:
         return per_device or 8, cfg.train.get("gradient_accumulation_steps", 1)
     share, rest = divmod(total, world_size)
     if rest or share == 0:
-        raise UserError(
-            f"train.global_batch_size must be a multiple of the number of processes ({world_size}); got {total}"
-        )
+        raise UserError(f"train.global_batch_size must be a multiple of the number of processes ({world_size}); got {total}")
     if per_device is None:
         per_device = next(size for size in range(min(share, 8), 0, -1) if share % size == 0)
     if share % per_device:
@@ -295,7 +239,7 @@ def _build(cls: Any, tree: Mapping[str, Any]) -> Any:
         value, default = tree[f.name], f.default_factory if callable(f.default_factory) else None
         if is_dataclass(default):
             value = _build(default, value or {})
-        elif isinstance(value, int) and f.type in ("float", "float | None"):
+        elif isinstance(value, int) and not isinstance(value, bool) and f.type in ("float", "float | None"):
             value = float(value)
         made[f.name] = value
     return cls(**made)
@@ -310,22 +254,10 @@ def _reach(tree: Mapping[str, Any], path: str) -> Any:
 
 def _check_together(tree: Mapping[str, Any]) -> list[str]:
     """Rules that need more than one key."""
-    mistakes = []
-    adapter, train = tree.get("adapter") or {}, tree.get("train") or {}
-    budget = adapter.get("budget") or {}
-    given = [unit for unit in BUDGET_UNITS if budget.get(unit) is not None]
-    method = adapter.get("method", "sparse")
-    needs_budget = (method == "sparse" and adapter.get("mask") is None) or (
-        method in PEFT_METHODS and (adapter.get("lora") or {}).get("r") is None
-    )
-    if len(given) > 1 or (needs_budget and not given):
-        mistakes.append(
-            f"adapter.budget: exactly one of {', '.join(BUDGET_UNITS)} must be set; got {', '.join(given) or 'none'}"
-        )
+    train = tree.get("train") or {}
+    mistakes = check_adapter(tree.get("adapter") or {})
     if "global_batch_size" in train and "gradient_accumulation_steps" in train:
-        mistakes.append(
-            "train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second"
-        )
+        mistakes.append("train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second")
     deepspeed = tree.get("deepspeed") or {}
     if deepspeed.get("offload_param") == "cpu" and deepspeed.get("zero_stage", 0) != 3:
         mistakes.append(f"deepspeed.offload_param: cpu needs zero_stage 3; got stage {deepspeed.get('zero_stage', 0)}")

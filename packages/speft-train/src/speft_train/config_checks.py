@@ -1,15 +1,17 @@
 """Checks of a config tree against the dataclasses of config.py. Each returns its mistakes as text and raises nothing.
 
-A field's metadata may hold: required, choices, minimum, maximum, above, below, each (choices of a list's items),
-nonempty.
+A field's metadata may hold: required, choices (or_pattern, or_words: what else is allowed), pattern and its words,
+minimum, maximum, above, below, each (choices of a list's items), nonempty. `added` marks a key that came later: at its
+default it does not count in the hashes of a run, so that finished runs stay finished.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 from speft_core.errors import nearest
@@ -25,6 +27,14 @@ KIND_NAMES = {
     dict: "a mapping",
     type(None): "null",
 }
+
+
+def key(default: Any, doc: str, **rules: Any) -> Any:
+    """A field with one line of documentation and the rules that its value must keep."""
+    metadata = {"doc": doc, **rules}
+    if isinstance(default, type) or callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_tree(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -46,9 +56,7 @@ def check_tree(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> list[str]
         elif path == "train":
             mistakes += check_train(value)
         elif value is not None:
-            mistakes += [
-                f"{path}: {rule}; got {value!r}.{hint}" for rule, hint in broken_rules(value, known[key].metadata)
-            ]
+            mistakes += [f"{path}: {rule}; got {value!r}.{hint}" for rule, hint in broken_rules(value, known[key].metadata)]
     for name, f in known.items():
         if f.metadata.get("required") and name not in tree:
             mistakes.append(f"{prefix}{name}: is required ({f.metadata['doc']})")
@@ -63,10 +71,11 @@ def broken_rules(value: Any, rules: Mapping[str, Any]) -> list[tuple[str, str]]:
     if rules.get("required") and not value:
         broken.append(("must not be empty", ""))
     choices = rules.get("choices")
-    if choices is not None and not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        broken.append(
-            (f"must be one of {', '.join(map(_show, choices))}", nearest(str(value), [str(c) for c in choices]))
-        )
+    if choices is not None and not _is_choice(value, choices, rules.get("or_pattern")):
+        allowed = ", ".join(map(_show, choices)) + (f" or {rules['or_words']}" if "or_words" in rules else "")
+        broken.append((f"must be one of {allowed}", nearest(str(value), [str(c) for c in choices])))
+    if "pattern" in rules and isinstance(value, str) and not re.fullmatch(rules["pattern"], value):
+        return [(f"must be {rules['words']}", "")]
     for item in value if isinstance(value, list) else []:
         if rules.get("each") is not None and item not in rules["each"]:
             broken.append((f"each must be one of {', '.join(rules['each'])}", nearest(str(item), list(rules["each"]))))
@@ -79,9 +88,15 @@ def broken_rules(value: Any, rules: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("below", "less than", lambda limit: value < limit),
     )
     for rule, words, holds in limits:
-        if rule in rules and not holds(rules[rule]):
+        if rule in rules and not isinstance(value, str) and not holds(rules[rule]):
             broken.append((f"must be {words} {rules[rule]}", ""))
     return broken
+
+
+def _is_choice(value: Any, choices: Any, pattern: str | None) -> bool:
+    if pattern is not None and re.fullmatch(pattern, str(value)):
+        return True
+    return any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -64,9 +64,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
     # A single word is read as a mapping from it to nothing: tell it from `word:`.
     if not isinstance(content, DictConfig) or (text.strip() and not isinstance(yaml.compose(text), yaml.MappingNode)):
-        raise UserError(
-            f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}"
-        )
+        raise UserError(f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}")
     return content
 
 

@@ -10,6 +10,10 @@ METRICS = (
     *("gradient", "magnitude", "random", "snip", "force", "taylor_fo", "synflow", "grasp", "fisher"),
     *("absolute_gradient", "wanda"),
 )
+# Rows of speft_core.dynamic.POLICIES.
+POLICIES = ("rescore", "grow_and_drop")
+# speft_core.weight_change, which needs a second model.
+WEIGHT_CHANGE = "weight_change"
 TASKS = ("causal_lm", "sequence_classification")
 TEMPLATES = ("question_answer", "alpaca", "chat", "multiple_choice")
 BUDGET_UNITS = ("k", "density", "like_lora_r")

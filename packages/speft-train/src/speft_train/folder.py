@@ -15,7 +15,7 @@ from typing import Any
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
-from .config import RunConfig, load_config, to_dict, to_yaml
+from .config import RunConfig, identity_dict, load_config, to_yaml
 
 CONFIG, RECORD = "config.yaml", "stages.json"
 # What a run computes. The deepspeed and evaluate sections say how it is computed and what is measured.
@@ -31,7 +31,7 @@ NEUTRAL = (
 
 def identity(cfg: RunConfig) -> dict[str, Any]:
     """What makes two runs the same run, as key path -> value."""
-    tree = to_dict(cfg)
+    tree = identity_dict(cfg)
     tree["train"] = {k: v for k, v in tree["train"].items() if k not in NEUTRAL}
     if tree["train"].get("global_batch_size") is not None:
         tree["train"].pop("per_device_train_batch_size", None)

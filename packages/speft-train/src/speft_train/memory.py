@@ -1,10 +1,22 @@
-"""Peak memory of a part of a run."""
+"""Peak memory of a part of a run, and amounts of memory in words."""
 
 from __future__ import annotations
 
 import re
 import sys
 from pathlib import Path
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {f"{prefix}i": 1024**power for power, prefix in enumerate("kMGT", start=1)}
+
+
+def bytes_of(amount: int | str | None) -> int | None:
+    """512, "512MiB" or "1.5 GB" as a number of bytes, at least 1; None stays None."""
+    if amount is None or isinstance(amount, int):
+        return amount
+    found = re.fullmatch(r"([\d.]+) ?([kMGT]i?|)B", amount)
+    assert found is not None, "the config's rules let no other text pass"
+    return max(1, int(float(found[1]) * UNITS[found[2]]))
 
 
 def _cuda() -> bool:

@@ -44,10 +44,13 @@ def _attach_bitfit(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask
 
 
 def _attach_tuner(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask, dense: list[str]) -> Attached:
-    tuner = sc.attach(model, mask, train_dense=dense, backward=cfg.adapter.backward)
+    section = cfg.adapter
+    keep = DTYPES[section.keep_dtype] if section.keep_dtype else None
+    changes = section.dynamic.interval is not None
+    tuner = sc.attach(model, mask, dense, section.backward, keep, keep_empty=changes)
 
     def save(folder: Path) -> None:
-        dtype = DTYPES[cfg.adapter.dtype] if cfg.adapter.dtype else None
+        dtype = DTYPES[section.dtype] if section.dtype else None
         adapter = tuner.adapter(dtype, task_type=TASK_TYPES[cfg.model.task])
         if cfg.model.task == "sequence_classification":  # a frozen head ships too: nothing else knows its random start
             adapter = replace(adapter, dense={**heads.tensors(model), **adapter.dense})
@@ -56,7 +59,7 @@ def _attach_tuner(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask,
     plans = Counter(row.plan for row in tuner.plan().values())
     listed = ", ".join(f"{plan} ({count} tensors)" for plan, count in plans.most_common())
     about = f"; gradients by {listed}" if listed else ""
-    return Attached(model=model, trainable=tuner.trainable_parameters, save=save, detach=tuner.detach, about=about)
+    return Attached(model=model, trainable=tuner.trainable_parameters, save=save, detach=tuner.detach, about=about, tuner=tuner)
 
 
 @contextmanager

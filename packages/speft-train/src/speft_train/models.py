@@ -49,7 +49,7 @@ def load_model(
         config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
     auto = getattr(transformers, TASKS[cfg.model.task])
     torch.manual_seed(cfg.seed)  # a fresh head starts the same in every run
-    with _one_line_errors(cfg.model):
+    with one_line_errors(cfg.model):
         # A checkpoint that was a classifier of other classes gets a new head.
         options = {**_source(cfg.model), "ignore_mismatched_sizes": labels is not None}
         model = auto.from_pretrained(where, config=config, dtype=_dtype(cfg.model), **options)
@@ -68,7 +68,7 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     """
     import transformers
 
-    with _one_line_errors(cfg.model):
+    with one_line_errors(cfg.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(locate(cfg.model), **_source(cfg.model))
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
@@ -84,7 +84,7 @@ def load_model_config(cfg: RunConfig, known: bool = False) -> PretrainedConfig:
 
     here = known and cfg.model.name in KNOWN and cfg.model.revision is None
     try:
-        with _one_line_errors(cfg.model):
+        with one_line_errors(cfg.model):
             options = {**_source(cfg.model), "local_files_only": here}
             config = transformers.AutoConfig.from_pretrained(locate(cfg.model), **options)
     except UserError:
@@ -106,7 +106,7 @@ def meta_model(cfg: RunConfig) -> PreTrainedModel:
 
     config = load_model_config(cfg, known=True)
     auto = getattr(transformers, TASKS[cfg.model.task])
-    with torch.device("meta"), _one_line_errors(cfg.model):
+    with torch.device("meta"), one_line_errors(cfg.model):
         model = auto.from_config(config, dtype=DTYPES.get(cfg.model.dtype, config.dtype))
     model.tie_weights()
     return model
@@ -159,7 +159,7 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 
 @contextmanager
-def _one_line_errors(cfg: ModelConfig) -> Iterator[None]:
+def one_line_errors(cfg: ModelConfig) -> Iterator[None]:
     """What transformers and the Hub say over many lines about a missing or unusable model, in one."""
     try:
         yield

@@ -10,7 +10,7 @@ from typing import Any
 
 from speft_core.files import atomic_write
 
-LOSS, DENSITY = "loss.png", "density.png"
+LOSS, DENSITY, OVERLAP = "loss.png", "density.png", "overlap.png"
 OUTSIDE = "-"
 
 
@@ -81,6 +81,21 @@ def density_map(path: Path, densities: Mapping[str, float]) -> bool:
     figure.colorbar(image, label="trained scalars, % of the tensor")
     _write(path, figure)
     return True
+
+
+def overlap_matrix(path: Path, names: Sequence[str], shared: Sequence[Sequence[float]]) -> None:
+    """Share of each row's entries that each column has too, as a picture with the figures in it."""
+    size = 2.4 + 0.55 * len(names)
+    figure = _figure(size + 0.8, size)
+    axes = figure.add_subplot()
+    image = axes.imshow(shared, cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    for row, line in enumerate(shared):
+        for column, share in enumerate(line):
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7, color="k" if share > 0.6 else "w")
+    figure.colorbar(image, label="share of the row's entries")
+    _write(path, figure)
 
 
 def _figure(width: float, height: float) -> Any:

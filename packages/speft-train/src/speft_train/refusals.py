@@ -26,6 +26,7 @@ class Setup:
     half: str | None  #: "bf16" or "fp16" of the train section
     raw: dict[str, Any]  #: the DeepSpeed config
     train: dict[str, Any]
+    changes_mask: bool = False
 
 
 Rule = tuple[Callable[[Setup], bool], str]
@@ -77,6 +78,11 @@ RULES: tuple[Rule, ...] = (
         "train.fp16_full_eval and bf16_full_eval cast the base weights for good; set model.dtype instead",
     ),
     (
+        lambda s: s.changes_mask and s.deepspeed and s.stage in (1, 2),
+        "adapter.dynamic needs deepspeed.zero_stage 0: stages 1 and 2 lay the values into flat buffers, whose parts cannot"
+        " change size with the mask; allowed: 0, where each rank holds the optimizer of k scalars",
+    ),
+    (
         lambda s: s.method == "sparse" and bool(s.train.get("optim_target_modules")),
         "train.optim_target_modules picks whole weights, of which method sparse trains none; remove it",
     ),
@@ -98,6 +104,7 @@ def check(cfg: RunConfig, dtype: str | None = None) -> None:
         half=half,
         raw=raw,
         train=dict(cfg.train),
+        changes_mask=cfg.adapter.dynamic.interval is not None,
     )
     reasons = [reason for holds, reason in RULES if holds(setup)]
     if reasons:

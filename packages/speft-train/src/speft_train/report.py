@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from .config import to_yaml
 from .context import Run
 
 REPORT = "report.md"
+MOST_MASKS = 12
 
 
 def write(run: Run, found: dict[str, Any]) -> None:
@@ -25,6 +27,8 @@ def write(run: Run, found: dict[str, Any]) -> None:
     if densities and plots.density_map(folder / plots.DENSITY, densities):
         parts += ["## Where the trained scalars lie", f"![density by layer and module]({plots.DENSITY})"]
         parts.append(_modules(densities))
+    if "dynamic" in found:
+        parts += ["## Changes of the mask", results.change_table(found["dynamic"]), _overlaps(run)]
     examples = (found["adapted"] or {}).get("examples") or []
     if examples:
         parts += ["## Answers of the adapted model", *(_example(e) for e in examples)]
@@ -68,14 +72,33 @@ def _markdown_table(found: dict[str, Any]) -> str:
 
 
 def _densities(run: Run) -> dict[str, float]:
+    """Of the mask; of all that was ever trained and kept, where the mask changed."""
     import speft_core as sc
 
-    from .steps import MASK
+    from . import masks
+    from .steps import ADAPTER, MASK
 
     path = run.folder.path / MASK
+    if run.cfg.adapter.dynamic.interval is not None and run.cfg.adapter.method == "sparse":
+        return masks.load(run.folder.path / ADAPTER).mask.densities()
     if run.mask is None and run.cfg.adapter.method == "sparse" and path.is_file():
         run.mask = sc.SparsityMask.load(path)
     return run.mask.densities() if run.mask is not None else {}
+
+
+def _overlaps(run: Run) -> str:
+    """The picture of what the masks share, at most MOST_MASKS of them."""
+    from . import masks
+    from .dynamic import MASKS
+
+    files = sorted((run.folder.path / MASKS).glob("step-*.safetensors"))
+    step = -(-len(files) // MOST_MASKS) if files else 1
+    found = [masks.load(path) for path in (run.folder.path, *files[step - 1 :: step])]
+    if len(found) < 2:
+        return ""
+    names = ["first", *(Path(m.name).stem for m in found[1:])]
+    plots.overlap_matrix(run.folder.path / plots.OVERLAP, names, masks.overlaps([m.mask for m in found]))
+    return f"![overlap of the masks]({plots.OVERLAP})"
 
 
 def _modules(densities: dict[str, float]) -> str:

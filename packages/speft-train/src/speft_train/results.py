@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from speft_core.files import atomic_write
@@ -32,6 +33,7 @@ def collect(folder: RunFolder, cfg: RunConfig) -> dict[str, Any]:
         "global_batch_size": train.get("global_batch_size"),
         "world_size": train.get("world_size"),
         "digest": train.get("digest"),
+        **({"dynamic": train["dynamic"]} if "dynamic" in train else {}),
         "history": train.get("history", []),
     }
 
@@ -80,7 +82,9 @@ def fact_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) in words."""
     part = share(found)
     trained = f"{found['trainable_parameters']:,}" + (f" ({part:.3%} of {found['total_parameters']:,})" if part else "")
-    per_scalar = (found["adapter_bytes"] or 0) / max(1, found["trainable_parameters"] or 0)
+    changes = found.get("dynamic")
+    resting = changes["union"] - changes["active"] if changes else 0  # what an earlier mask trained ships too
+    per_scalar = (found["adapter_bytes"] or 0) / max(1, (found["trainable_parameters"] or 0) + resting)
     rows = [
         ("trained parameters", trained),
         ("adapter", f"{found['adapter_bytes']:,} bytes ({per_scalar:.2f} a parameter)"),
@@ -89,10 +93,38 @@ def fact_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if found["saliency_seconds"] is not None:
         rows.append(("saliency", f"{found['saliency_seconds']:.1f} s"))
+    if changes:
+        rows += dynamic_rows(changes)
     losses = [row["loss"] for row in found["history"] if "loss" in row]
     if losses:
         rows.append(("training loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"))
     return rows
+
+
+def dynamic_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, value) in words, of the `dynamic` part of results.json."""
+    changes = found["changes"]
+    shares = [change["overlap"] for change in changes]
+    kept = f", {min(shares):.1%} to {max(shares):.1%} of a mask as before" if shares else ""
+    rows = [
+        ("mask", f"changed {len(changes)} times, every {found['interval']:,} optimizer steps, by {found['policy']}{kept}"),
+        ("active, and changed in all", f"{found['active']:,} and {found['union']:,} scalars"),
+    ]
+    if pruned := found.get("pruned"):
+        loss = f"loss {pruned['loss_before']:.4f} -> {pruned['loss_after']:.4f}"
+        rows.append(
+            (
+                "pruned at the end",
+                f"{pruned['union']:,} to {pruned['kept']:,}; {pruned['lost']:.2%} of the squared change, {loss}",
+            )
+        )
+    return rows
+
+
+def change_table(found: Mapping[str, Any]) -> str:
+    """A Markdown line for each change."""
+    rows = [f"| {c['step']:,} | {c['overlap']:.1%} | {c['active']:,} | {c['union']:,} |" for c in found["changes"]]
+    return "\n".join(["| optimizer step | as before | active | changed in all |", "|---:|---:|---:|---:|", *rows])
 
 
 def _word(value: Any) -> str:

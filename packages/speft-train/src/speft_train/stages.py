@@ -75,28 +75,30 @@ STAGES: tuple[Stage, ...] = (
 )  # fmt: skip
 
 
-def pending(run: Run) -> list[str]:
-    """Names of the stages that have to run, in order. Rank 0 looks at the folder for all."""
+def pending(run: Run, only: str | None = None) -> list[str]:
+    """Names of the stages that have to run, in order: all, or `only` one and what serves it. Rank 0 looks at the folder."""
 
     def look() -> list[str]:
         cfg, names = run.cfg, []
         wanted = [stage for stage in STAGES if stage.wanted(cfg)]
         own = {s.name for s in wanted if not s.serves and not run.folder.is_done(s.name, s.depends(cfg), s.files)}
+        if only is not None:
+            own &= {only}
         for stage in wanted:
             if stage.name in own or own & set(stage.serves):
                 names.append(stage.name)
-        if own and "report" not in own:
+        if own and only is None and "report" not in own:
             names.append("report")  # it tells of the others
         return names
 
     return run.ranks.on_main(look)
 
 
-def run_stages(run: Run) -> None:
-    """Run what is pending, in order, and say what is reused."""
-    todo = pending(run)
+def run_stages(run: Run, only: str | None = None) -> None:
+    """Run what is pending, in order, and say what is reused; `only` one stage and what serves it."""
+    todo = pending(run, only)
     for stage in STAGES:
-        if not stage.wanted(run.cfg):
+        if not stage.wanted(run.cfg) or (only is not None and stage.name not in (only, *todo)):
             continue
         if stage.name not in todo:
             if not stage.serves:

@@ -55,11 +55,13 @@ def evaluate_base(run: Run) -> Result:
 
 def find_mask(run: Run) -> Result:
     """Rank 0 scores and chooses; the mask's file is what all ranks read."""
+    from . import scoring
+
     started = time.perf_counter()
     path = run.folder.path / MASK
 
     def work() -> int:
-        mask = _ready_mask(run) if run.cfg.adapter.mask else _score(run)
+        mask = _ready_mask(run) if run.cfg.adapter.mask else scoring.score(run)
         mask.save(path)
         return mask.nnz
 
@@ -146,43 +148,6 @@ def _ready_mask(run: Run) -> Any:
     mask = sc.SparsityMask.load(Path(run.cfg.adapter.mask))
     mask.check_model(run.model)
     return mask
-
-
-def _score(run: Run) -> Any:
-    import speft_core as sc
-
-    from . import label_rows
-    from .methods import budget_of
-
-    section = run.cfg.adapter
-    whole = label_rows.supports(run.model)
-    reads_data = section.metric in sc.METRICS and sc.METRICS[section.metric].needs_gradient
-    return sc.find_mask(
-        run.model,
-        _calibration(run) if reads_data else (),
-        metric=section.metric,
-        budget=budget_of(section),
-        targets=section.targets,
-        scope=section.scope,
-        loss_fn=None if whole else lambda model, batch: label_rows.next_token_loss(model, run.model, dict(batch)),
-        seed=run.cfg.seed,
-        random_mode=section.random_mode,
-    )
-
-
-def _calibration(run: Run) -> Any:
-    """Batches of training examples drawn by the seed, on the model's device, with a progress bar."""
-    from tqdm.auto import tqdm
-
-    from . import data
-
-    section, examples = run.cfg.adapter, run.data.train
-    chosen = data.calibration_rows(examples, section.calibration_examples, run.cfg.seed)
-    size, collate = section.calibration_batch_size, run.data.collator(run.tokenizer)
-    starts = range(0, len(chosen), size)
-    for start in tqdm(starts, desc="saliency", unit="batch", dynamic_ncols=True, disable=not run.shows_progress):
-        batch = collate([examples[i] for i in chosen[start : start + size]])
-        yield {key: value.to(run.model.device) for key, value in batch.items()}
 
 
 def _evaluate(run: Run, model: Any) -> Result:

@@ -8,7 +8,7 @@ tests/train/test_canaries.py fails when they change.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+
+import speft_core as sc
 
 from . import checkpoints, engine, label_rows
 from .ranks import Ranks
@@ -26,11 +28,21 @@ class RunTrainer(Trainer):
     """A Trainer whose checkpoints hold no frozen weight and whose batches do not depend on the number of processes.
 
     global_batch: examples of one optimizer step over all processes. lengths: tokens of each training example.
+    dynamic: what changes the mask, if it changes. own_decay: name of a parameter -> a weight decay other than the rest's.
     """
 
-    def __init__(self, *, ranks: Ranks, global_batch: int, lengths: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        global_batch: int,
+        lengths: Sequence[int],
+        dynamic: sc.DynamicMask | None = None,
+        own_decay: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.ranks = ranks
+        self.ranks, self.dynamic, self.own_decay = ranks, dynamic, dict(own_decay or {})
         args: TrainingArguments = self.args
         strategy = args.train_sampling_strategy
         self.order = GlobalBatches(
@@ -61,6 +73,20 @@ class RunTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop
+
+    # Optimizer ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's, in which some parameters have a weight decay of their own."""
+        fresh, optimizer = self.optimizer is None, super().create_optimizer(model)
+        named = dict((self.model if model is None else model).named_parameters())
+        for name, decay in self.own_decay.items() if fresh else ():
+            for group in list(optimizer.param_groups):
+                if any(p is named[name] for p in group["params"]) and group["weight_decay"] != decay:
+                    group["params"] = [p for p in group["params"] if p is not named[name]]
+                    rest = {key: value for key, value in group.items() if key != "params"}
+                    optimizer.add_param_group({**rest, "params": [named[name]], "weight_decay": decay})
+        return optimizer
 
     # Loss ---------------------------------------------------------------------------------------------------------
 
@@ -108,6 +134,8 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoints.save_trainable(self.model, folder)
+            if self.dynamic is not None:
+                checkpoints.save_dynamic(self.dynamic, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -118,7 +146,7 @@ class RunTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.load_trainable(self.model if model is None else model, Path(resume_from_checkpoint))
+        checkpoints.load(self.model if model is None else model, Path(resume_from_checkpoint), self.dynamic)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:

@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speft_core.errors import UserError
+import torch
 
-from . import checkpoints, memory, training_args
+import speft_core as sc
+from speft_core.errors import UserError
+from speft_core.remask import union
+
+from . import checkpoints, dynamic, memory, training_args
 from .context import Run
 from .sampler import steps_in_all
 from .signals import Stopped
@@ -28,7 +32,8 @@ def train(run: Run) -> Result:
 
     assert run.attached is not None
     args = training_args.build(run.cfg, run.ranks, run.folder.path)
-    trainer, stop = _trainer(run, args)
+    changes = dynamic.build(run)
+    trainer, stop = _trainer(run, args, changes)
     batch = training_args.global_batch(run.cfg, run.ranks.world)
     total = steps_in_all(len(run.data.train), batch, args.max_steps, args.num_train_epochs)
     checkpoint = _checkpoint_to_resume(run)
@@ -38,7 +43,7 @@ def train(run: Run) -> Result:
     use_cache = run.model.config.use_cache
     try:
         if checkpoint is not None and checkpoints.step_of(checkpoint) >= total:
-            checkpoints.load_trainable(run.attached.model, _best(checkpoint, args))
+            checkpoints.load(run.attached.model, _best(checkpoint, args), changes)
             history = _saved_history(checkpoint)
         else:
             history = _loop(run, trainer, checkpoint)
@@ -66,11 +71,13 @@ def train(run: Run) -> Result:
         raise Stopped(
             signum, f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it"
         )
+    if changes is not None:
+        result["dynamic"] = dynamic.finish(run, changes)
     result["digest"] = _same_on_all_ranks(run)
     return result
 
 
-def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
+def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> tuple[Any, Any]:
     from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
     from . import callbacks, tensorboard_log, trainer
@@ -78,6 +85,8 @@ def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
     assert run.attached is not None
     stop = callbacks.StopOnSignal(run.request, run.ranks)
     extra: list[Any] = [stop, callbacks.FiniteLoss()]
+    if changes is not None:
+        extra.append(dynamic.ChangeMask(changes, run.folder.path, run.ranks.is_main, run.say))
     if run.ranks.is_main:
         extra.append(callbacks.Progress() if run.shows_progress else callbacks.Lines(run.say))
     if training_args.wants_tensorboard(run.cfg) and run.ranks.is_main:
@@ -99,11 +108,26 @@ def _trainer(run: Run, args: Any) -> tuple[Any, Any]:
         ranks=run.ranks,
         global_batch=training_args.global_batch(run.cfg, run.ranks.world),
         lengths=run.data.train.lengths,
+        dynamic=changes,
+        own_decay=_own_decay(run),
     )
     made.remove_callback(PrinterCallback)
     if made.whole_logits is not None and run.cfg.model.task == "causal_lm":
         run.say(f"  logits of every position are computed: {made.whole_logits}")
     return made, stop
+
+
+def _own_decay(run: Run) -> dict[str, float]:
+    """The head's weight decay, where it is not that of the rest."""
+    from . import heads
+
+    decay = run.cfg.model.head.weight_decay
+    if decay is None or run.cfg.model.task != "sequence_classification" or not run.cfg.model.head.train:
+        return {}
+    assert run.attached is not None
+    head = tuple(f"{name}." for name in heads.modules(run.model))
+    trained = checkpoints.trainable(run.attached.model)  # PEFT puts its own names before the model's
+    return {name: decay for name in trained if name.removeprefix("base_model.model.").startswith(head)}
 
 
 def _of_task(run: Run) -> dict[str, Any]:
@@ -159,13 +183,21 @@ def _checkpoint_to_resume(run: Run) -> Path | None:
 
 def _same_on_all_ranks(run: Run) -> str:
     """A hash of all that was trained; each rank must have the same."""
-    import torch
-
     assert run.attached is not None
     found = hashlib.sha256()
     for name, parameter in checkpoints.trainable(run.attached.model).items():
         found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(_bytes(parameter))
+    tuner = run.attached.tuner
+    if tuner is not None:
+        for name in tuner.parked:
+            for part in union(tuner, name):
+                found.update(_bytes(part))
     digests = run.ranks.gather(found.hexdigest())
     assert len(set(digests)) == 1, f"ranks ended with different values: {digests}"
     return digests[0]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    raw: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return raw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +49,9 @@ def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     sets: dict[str, TokenDataset] = {}
     reports: dict[str, LengthReport] = {}
     for name, split_rows in rows.items():
-        source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[
-            name
-        ]
+        source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[name]
         examples = render(split_rows, tokenizer, data, source)
-        sets[name], reports[name] = tokenize(
-            examples, tokenizer, data.max_length, data.overlong, data.prompt_loss, name
-        )
+        sets[name], reports[name] = tokenize(examples, tokenizer, data.max_length, data.overlong, data.prompt_loss, name)
     if reports["train"].used == 0:
         raise UserError(
             f"data.max_length must leave at least one training example;"
@@ -127,7 +123,7 @@ def _non_empty(dataset: TokenDataset | None) -> TokenDataset | None:
     return dataset if dataset is not None and len(dataset) else None
 
 
-def calibration_rows(dataset: TokenDataset, count: int, seed: int) -> Sequence[int]:
+def calibration_rows(dataset: Sized, count: int, seed: int | str) -> Sequence[int]:
     """Places of the examples that the saliency pass reads: `count` different ones, drawn by the seed."""
     import random
 

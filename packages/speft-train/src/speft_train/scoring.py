@@ -1,0 +1,112 @@
+"""From the `adapter` section to core's saliency pass: the metric, its options, the calibration examples."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import speft_core as sc
+from speft_core.errors import UserError, nearest
+from speft_core.saliency.metrics import as_metric
+
+from . import data, label_rows
+from .attached import budget_of
+from .config_names import WEIGHT_CHANGE
+from .memory import bytes_of
+
+if TYPE_CHECKING:
+    from .config import AdapterSection, RunConfig
+    from .context import Run
+
+
+def score(run: Run) -> sc.SparsityMask:
+    """The mask of the config's metric and budget."""
+    section = run.cfg.adapter
+    metric = metric_of(run.cfg, run.model)
+    return sc.find_mask(
+        run.model,
+        calibration(run, section.calibration_examples) if metric.needs_gradient else (),
+        metric=metric,
+        budget=budget_of(section),
+        targets=section.targets,
+        scope=section.scope,
+        loss_fn=loss_of(run),
+        seed=run.cfg.seed,
+        memory_limit=bytes_of(section.memory_limit),
+        random_mode=section.random_mode,
+        **options_of(section, metric),
+    )
+
+
+def metric_of(cfg: RunConfig, model: Any) -> sc.Metric:
+    """The row of core's table that `adapter.metric` means: a name, one's own function or Metric, or weight_change."""
+    name = cfg.adapter.metric
+    if name == WEIGHT_CHANGE:
+        return _weight_change(cfg, model)
+    if ":" not in name:
+        return as_metric(name)
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"adapter.metric: module {module_name} cannot be imported ({error}); is it on PYTHONPATH?") from None
+    if not hasattr(module, attribute):
+        raise UserError(f"adapter.metric: {module_name} has no {attribute!r}.{nearest(attribute, vars(module))}")
+    found = getattr(module, attribute)
+    if not isinstance(found, sc.Metric) and not callable(found):
+        raise UserError(
+            f"adapter.metric: {name} must be a function of (weight, mean gradient) or a speft_core.Metric;"
+            f" got {type(found).__name__}"
+        )
+    return as_metric(found)
+
+
+def options_of(section: AdapterSection, metric: sc.Metric) -> dict[str, Any]:
+    """What find_mask takes beside scope and memory_limit, the same for the first and for every later mask."""
+    given = {key: value for key, value in asdict(section.grasp).items() if value is not None}
+    return {
+        "structure": section.structure,
+        "min_per_layer": section.min_per_layer,
+        "max_per_layer": section.max_per_layer,
+        "options": {key: given[key] for key in metric.source.options if key in given},
+    }
+
+
+def loss_of(run: Run) -> Any:
+    """The loss that is trained: None for the model's own, or the next token's from the labelled rows alone."""
+    if label_rows.supports(run.model):
+        return None
+    return lambda model, batch: label_rows.next_token_loss(model, run.model, dict(batch))
+
+
+def calibration(run: Run, count: int, change: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of `count` training examples drawn by the seed, on the model's device, with a progress bar.
+
+    change: number of the change of mask that they are for, each of which has examples of its own; 0 for the first mask.
+    """
+    from tqdm.auto import tqdm
+
+    examples = run.data.train
+    chosen = data.calibration_rows(examples, count, f"{run.cfg.seed} change {change}" if change else run.cfg.seed)
+    size, collate = run.cfg.adapter.calibration_batch_size, run.data.collator(run.tokenizer)
+    starts = range(0, len(chosen), size)
+    for start in tqdm(starts, desc="saliency", unit="batch", dynamic_ncols=True, disable=not run.shows_progress):
+        batch = collate([examples[i] for i in chosen[start : start + size]])
+        yield {key: value.to(run.model.device) for key, value in batch.items()}
+
+
+def _weight_change(cfg: RunConfig, model: Any) -> sc.Metric:
+    """|θ_tuned − θ|, from a checkpoint of the same architecture that was fully fine-tuned."""
+    import dataclasses
+
+    from . import models
+
+    assert cfg.adapter.tuned_model is not None
+    other = dataclasses.replace(cfg.model, name=cfg.adapter.tuned_model, revision=None)
+    with models.one_line_errors(other):
+        tuned = type(model).from_pretrained(models.locate(other), dtype=model.dtype, trust_remote_code=False)
+    return sc.weight_change(tuned)
