@@ -15,6 +15,7 @@ from torch import nn
 
 import speft_core as sc
 from speft_core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from speft_core.writing import add_values
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -252,3 +253,10 @@ def test_unknown_config_field_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(sc.UserError, match="Did you mean 'task_type'"):
         tuner.adapter(task_typ="CAUSAL_LM")
     tuner.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_definition_of_an_adapted_entry(dtype: torch.dtype) -> None:
+    base_K, values_K = torch.randn(20_000).to(dtype), (0.01 * torch.randn(20_000)).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert torch.equal(add_values(base_K, values_K), (base_K.to(wide) + values_K.to(wide)).to(dtype))

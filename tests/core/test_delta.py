@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speft_core import SparseDelta, UserError
+from speft_core.delta import VALUE_DTYPES, all_finite
 
 
 def test_dense_round_trip_is_exact() -> None:
@@ -44,3 +45,12 @@ def test_bad_deltas_are_refused_by_name(indices: torch.Tensor, values: torch.Ten
         SparseDelta(indices, values, (2, 3)).check("layer.weight")
     assert str(caught.value).startswith("layer.weight: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_finiteness_is_told_by_the_bits(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    fine = torch.tensor([0.0, -0.0, largest, -largest, torch.finfo(dtype).tiny, 1e-30], dtype=torch.float64).to(dtype)
+    assert all_finite(fine) and all_finite(fine[:0]) and all_finite(fine.expand(3, 6)[:, ::2])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not all_finite(torch.cat([fine, torch.tensor([bad], dtype=dtype)]))

@@ -66,3 +66,21 @@ def test_damage_is_named(change: str) -> None:
         count = 0
     with pytest.raises(UserError, match="gaps|indices"):
         gaps.decode(code, count, numel)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64])
+def test_high_parts_that_are_all_zero_or_all_carried(count: int) -> None:
+    for gap in (1, 255, 256, 300, 700):
+        indices_K = torch.arange(1, count + 1) * gap
+        numel = int(indices_K[-1]) + 1
+        assert torch.equal(gaps.decode(gaps.encode(indices_K), count, numel).long(), indices_K)
+        assert gaps.decode(gaps.encode(indices_K), count, 2**33).dtype == torch.int64
+
+
+def test_ones_after_the_last_zero_and_spare_bytes_are_refused() -> None:
+    code = torch.tensor([1, 5, 7, 0b0000_0100], dtype=torch.uint8)  # two gaps, no high parts, a one in the padding
+    for damaged in (code, torch.tensor([1, 5, 7, 0, 0], dtype=torch.uint8), torch.tensor([1, 5, 7], dtype=torch.uint8)):
+        with pytest.raises(UserError, match="gaps are damaged"):
+            gaps.decode(damaged, 2, 10_000)
+    assert gaps.decode(torch.tensor([1, 5, 7, 0], dtype=torch.uint8), 2, 10_000).tolist() == [5, 12]
+    assert gaps.decode(torch.tensor([1, 5, 7, 0b010], dtype=torch.uint8), 2, 10_000).tolist() == [5, 268]

@@ -5,7 +5,7 @@ Shape suffixes: K kept entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from .adapter_files import AdapterConfig, read_folder, write_folder
-from .delta import SparseDelta
+from .delta import SparseDelta, all_finite
 from .errors import UserError
-from .fingerprint import check_fingerprint
+from .fingerprint import check_fingerprint, check_shape, hashed_dtype
 from .targets import base_parameters
-from .writing import add_values, gather, scatter
+from .threads import each
+from .writing import exchange, gather, scatter, write_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,12 @@ class SparseAdapter:
 
     def check(self) -> SparseAdapter:
         """Return self, or raise UserError naming the first tensor that is out of range, unsorted or not finite."""
-        for name, delta in self.deltas.items():
-            delta.check(name)
+        each(lambda name: self.deltas[name].check(name), self.deltas)
+        return self._check_dense()
+
+    def _check_dense(self) -> SparseAdapter:
         for name, tensor in self.dense.items():
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            if not tensor.is_floating_point() or not all_finite(tensor):
                 raise UserError(f"dense.{name}: must be finite floating point, got {tensor.dtype} or NaN or infinity")
             if name in self.deltas:
                 raise UserError(f"{name} is both sparse and dense in one adapter")
@@ -56,17 +59,31 @@ class SparseAdapter:
 
         Names, shapes and a hash of the base's entries are compared; see fingerprint.py for models in another dtype.
         """
+        parameters = self._matching(model)
+        each(lambda name: self._checked_entries(name, parameters[name]), self.deltas)
+
+    def _matching(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters; UserError for the first that is missing or has another shape."""
         parameters = base_parameters(model)
-        base = self.config.base_model_name_or_path or "an unnamed model"
         for name in (*self.deltas, *self.dense):
             if name not in parameters:
-                raise UserError(f"this adapter is for another base ({base}): the model has no parameter {name!r}")
+                raise UserError(f"this adapter is for another base ({self._base}): the model has no parameter {name!r}")
         for name, delta in self.deltas.items():
-            check_fingerprint(name, parameters[name], delta, self.fingerprint.get(name), base)
+            check_shape(name, parameters[name], delta.shape, self._base)
         for name, tensor in self.dense.items():
-            if parameters[name].shape != tensor.shape:
-                shapes = f"{tuple(parameters[name].shape)}, the adapter wants {tuple(tensor.shape)}"
-                raise UserError(f"this adapter is for another base ({base}): {name} has shape {shapes}")
+            check_shape(name, parameters[name], tuple(tensor.shape), self._base)
+        return parameters
+
+    def _checked_entries(self, name: str, weight: nn.Parameter) -> torch.Tensor | None:
+        """base_K, checked against the fingerprint; None where the fingerprint holds no hash of these entries."""
+        delta, record = self.deltas[name], self.fingerprint.get(name)
+        base_K = gather(weight, delta.indices_K.to(weight.device)) if hashed_dtype(weight, record) is not None else None
+        check_fingerprint(name, weight, delta, record, self._base, base_K)
+        return base_K
+
+    @property
+    def _base(self) -> str:
+        return self.config.base_model_name_or_path or "an unnamed model"
 
     def apply(self, model: nn.Module, check_base: bool = True) -> Applied:
         """Write the adapter into `model` in place and return the handle whose `.restore()` takes it off, bit for bit.
@@ -76,9 +93,9 @@ class SparseAdapter:
         if getattr(model, "_speft_tuner", None) is not None:
             raise UserError("an adapter cannot be applied while a tuner is attached; call tuner.detach() first")
         self.check()
-        if check_base:
-            self.check_base(model)
-        return Applied(self, model)
+        parameters = self._matching(model)
+        found = each(lambda name: self._checked_entries(name, parameters[name]), self.deltas if check_base else ())
+        return Applied(self, model, dict(zip(self.deltas, found, strict=False)))
 
     @contextmanager
     def applied(self, model: nn.Module, check_base: bool = True) -> Iterator[nn.Module]:
@@ -98,7 +115,7 @@ class SparseAdapter:
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> SparseAdapter:
         """Read and check the adapter in `folder`; UserError (one line) for anything missing, damaged or hostile."""
         try:
-            return cls(*read_folder(Path(folder), str(device))).check()
+            return cls(*read_folder(Path(folder), str(device)))._check_dense()  # its deltas were checked as they were read
         except UserError as error:
             place = "" if str(folder) in str(error) else f"{folder}: "
             raise UserError(f"{place}{error}") from None
@@ -107,17 +124,21 @@ class SparseAdapter:
 class Applied:
     """An adapter that sits in a model. Several may be stacked; they come off in the reverse order."""
 
-    def __init__(self, adapter: SparseAdapter, model: nn.Module) -> None:
+    def __init__(self, adapter: SparseAdapter, model: nn.Module, known: Mapping[str, torch.Tensor | None]) -> None:
+        """Write. `known`: name -> base_K, for those deltas whose entries the caller has read already."""
         self._model = model
         parameters = base_parameters(model)
         self._saved_dense = {n: parameters[n].detach().clone() for n in adapter.dense}
         self._saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, delta in adapter.deltas.items():
             weight = parameters[name]
-            indices_K = delta.indices_K.to(weight.device)
-            base_K = gather(weight, indices_K)
+            indices_K, values_K = delta.indices_K.to(weight.device), delta.values_K.to(weight.device)
+            base_K = known.get(name)
+            if base_K is None:
+                base_K = exchange(weight, indices_K, values_K)
+            else:
+                write_sum(weight, indices_K, base_K, values_K)
             self._saved[name] = (indices_K, base_K)
-            scatter(weight, indices_K, add_values(base_K, delta.values_K.to(weight.device)))
         for name, tensor in adapter.dense.items():
             parameters[name].data.copy_(tensor)
         self._stack: list[Applied] = model.__dict__.setdefault("_speft_applied", [])
@@ -129,11 +150,10 @@ class Applied:
             return
         if self._stack[-1] is not self:
             raise UserError("adapters come off in the reverse order: restore the one applied last first")
-        parameters = base_parameters(self._model)
         for name, (indices_K, base_K) in self._saved.items():
-            weight = parameters[name]
+            weight = self._model.get_parameter(name)
             scatter(weight, indices_K.to(weight.device), base_K.to(weight.device))
         for name, tensor in self._saved_dense.items():
-            parameters[name].data.copy_(tensor)
+            self._model.get_parameter(name).data.copy_(tensor)
         self._stack.pop()
         self._saved, self._saved_dense = {}, {}

@@ -21,6 +21,7 @@ from .delta import VALUE_DTYPES, SparseDelta
 from .errors import UserError
 from .files import atomic_files
 from .random_mask import bernoulli_indices, random_indices
+from .threads import each
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -134,38 +135,62 @@ def read_config(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_delta(file: Any, present: set[str], name: str, entry: Mapping[str, Any], config: AdapterConfig) -> SparseDelta:
-    """Read one tensor's change from an open weights file whose keys are `present`; `entry` is its line in the config."""
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor's change as it lies in the file; `decoded` makes a delta of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    values_K: torch.Tensor
+    code: torch.Tensor | None  # None: a seeded random mask
+    random: Mapping[str, Any] | None
+
+    def decoded(self) -> SparseDelta:
+        """The delta, checked: by the decoding of its indices, or because they were drawn here, and value by value."""
+        name, values_K, numel = self.name, self.values_K, math.prod(self.shape)
+        if values_K.dim() != 1 or values_K.dtype not in VALUE_DTYPES or values_K.numel() > numel:
+            got = f"{values_K.dtype} of shape {tuple(values_K.shape)}"
+            raise UserError(f"{name}: values must be 1-D floating point, at most {numel:,} of them, got {got}")
+        if self.code is not None:
+            indices_K = gaps.decode(self.code, values_K.numel(), numel)
+        elif self.random:
+            indices_K = draw(self.random, name, numel, values_K.numel())
+        else:
+            raise UserError(f"{name} has values but no gaps, and the mask is not a seeded random one")
+        return SparseDelta(indices_K.to(values_K.device), values_K, self.shape).check_values(name)
+
+
+def _stored(file: Any, present: set[str], name: str, entry: Mapping[str, Any], config: AdapterConfig) -> _Stored:
     shape = tuple(int(n) for n in entry["shape"])
     if any(n < 0 for n in shape):
         raise UserError(f"{name}: a shape has no negative sizes, got {shape}")
-    numel = math.prod(shape)
-    values_K = file.get_tensor(f"{name}.values")
-    if values_K.dim() != 1 or values_K.dtype not in VALUE_DTYPES or values_K.numel() > numel:
-        got = f"{values_K.dtype} of shape {tuple(values_K.shape)}"
-        raise UserError(f"{name}: values must be 1-D floating point, at most {numel:,} of them, got {got}")
-    if f"{name}.gaps" in present:
-        indices_K = gaps.decode(file.get_tensor(f"{name}.gaps"), values_K.numel(), numel)
-    elif config.random:
-        indices_K = draw(config.random, name, numel, values_K.numel())
-    else:
-        raise UserError(f"{name} has values but no gaps, and the mask is not a seeded random one")
-    return SparseDelta(indices_K.to(values_K.device), values_K, shape)
+    code = file.get_tensor(f"{name}.gaps") if f"{name}.gaps" in present else None
+    return _Stored(name, shape, file.get_tensor(f"{name}.values"), code, config.random)
+
+
+def read_delta(file: Any, present: set[str], name: str, entry: Mapping[str, Any], config: AdapterConfig) -> SparseDelta:
+    """Read and check one tensor's change from an open weights file whose keys are `present`; `entry` is its config line."""
+    return _stored(file, present, name, entry, config).decoded()
 
 
 def read_weights(path: Path, record: Mapping[str, Any], device: str) -> Contents:
-    """Everything in the weights file that the config `record` lists; nothing else may be in it but `dense.` tensors."""
+    """Everything in the weights file that the config `record` lists; nothing else may be in it but `dense.` tensors.
+
+    The deltas come back checked, the dense tensors as they are.
+    """
     known = {f.name for f in fields(AdapterConfig)}
     config = AdapterConfig(**{k: v for k, v in record.items() if k in known})
-    deltas, dense = {}, {}
+    dense = {}
     expected: set[str] = set()
     with safe_open(str(path), framework="pt", device=device) as file:
         present = set(file.keys())
-        for name, entry in record["tensors"].items():
-            deltas[name] = read_delta(file, present, name, entry, config)
+        listed = record["tensors"]
+        stored = [_stored(file, present, name, entry, config) for name, entry in listed.items()]
+        deltas = dict(zip(listed, each(_Stored.decoded, stored), strict=True))
+        for name in listed:
             expected.update((f"{name}.values", f"{name}.gaps"))
         for key in sorted(present - expected):
             if not key.startswith("dense."):
                 raise UserError(f"{path.name} holds {key!r}, which {CONFIG_FILE} does not list")
             dense[key.removeprefix("dense.")] = file.get_tensor(key)
-    return deltas, dense, config, {n: dict(entry) for n, entry in record["tensors"].items()}
+    return deltas, dense, config, {n: dict(entry) for n, entry in listed.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ SAMPLES = 64
 
 def entries_hash(entries_K: torch.Tensor) -> str:
     """8 characters (base 64) over the bytes of `entries_K`."""
-    raw = entries_K.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    return base64.b64encode(hashlib.blake2b(raw, digest_size=6).digest()).decode()
+    raw_K = entries_K.contiguous().cpu().view(torch.uint8).numpy()
+    return base64.b64encode(hashlib.blake2b(raw_K.data, digest_size=6).digest()).decode()
 
 
 def sample_hash(weight: torch.Tensor) -> str:
@@ -53,20 +54,37 @@ def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor) -> dict[str, Any]
     return record
 
 
-def check_fingerprint(name: str, weight: torch.Tensor, delta: SparseDelta, record: dict[str, Any] | None, base: str) -> None:
+def hashed_dtype(weight: torch.Tensor, record: Mapping[str, Any] | None) -> torch.dtype | None:
+    """The dtype whose hash in `record` the entries of `weight` must have; None when there is none."""
+    return next((dtype for dtype in (weight.dtype, torch.bfloat16) if _key(dtype) in (record or {})), None)
+
+
+def check_fingerprint(
+    name: str,
+    weight: torch.Tensor,
+    delta: SparseDelta,
+    record: dict[str, Any] | None,
+    base: str,
+    base_K: torch.Tensor | None = None,
+) -> None:
     """Raise UserError unless `weight` is the tensor that `delta` was made for; `base` names that model in the message.
 
-    A delta without a record (made by hand) is known by its shape alone, a merged one by its shape and sample.
+    A delta without a record (made by hand) is known by its shape alone, a merged one by its shape and sample. `base_K`: the
+    weight's entries at the delta's indices, where the caller has them.
     """
-    if parameter_shape(weight) != delta.shape:
-        shapes = f"{parameter_shape(weight)}, the adapter wants {delta.shape}"
-        raise UserError(f"this adapter is for another base ({base}): {name} has shape {shapes}")
-    record = record or {}
-    known = [dtype for dtype in (weight.dtype, torch.bfloat16) if _key(dtype) in record]
-    if known:
-        base_K = gather(weight, delta.indices_K.to(weight.device))
-        same = entries_hash(base_K.to(known[0])) == record[_key(known[0])]
+    check_shape(name, weight, delta.shape, base)
+    record, dtype = record or {}, hashed_dtype(weight, record)
+    if dtype is not None:
+        base_K = gather(weight, delta.indices_K.to(weight.device)) if base_K is None else base_K
+        same = entries_hash(base_K.to(dtype)) == record[_key(dtype)]
     else:
         same = "sample" not in record or sample_hash(weight) == record["sample"]
     if not same:
         raise UserError(f"this adapter is for another base ({base}): {name} has other values than the one it was trained on")
+
+
+def check_shape(name: str, weight: torch.Tensor, shape: tuple[int, ...], base: str) -> None:
+    """Raise UserError unless `weight` has `shape`, that of the tensor the adapter was made for."""
+    if parameter_shape(weight) != shape:
+        shapes = f"{parameter_shape(weight)}, the adapter wants {shape}"
+        raise UserError(f"this adapter is for another base ({base}): {name} has shape {shapes}")

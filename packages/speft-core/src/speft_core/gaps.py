@@ -9,6 +9,8 @@ it decodes with a handful of vector operations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -61,23 +63,24 @@ def decode(code: torch.Tensor, count: int, numel: int) -> torch.Tensor:
     if body.size < width * count:
         raise UserError(f"gaps are truncated: {count} indices need {width * count} bytes of remainders, got {body.size}")
     low_K = _remainders(body[: width * count], width)
-    # Inverted, the zero that ends each unary code is a one, which numpy finds fast.
-    ends_K = np.flatnonzero(np.unpackbits(~body[width * count :], bitorder="little").view(bool))
-    bits = 8 * (body.size - width * count)
-    if ends_K.size < count or ends_K.size - count != bits - 1 - int(ends_K[count - 1]) or bits - ends_K[count - 1] > 8:
+    tail = body[width * count :]
+    # Of the high parts only the ones are looked for: where entries are dense there are few, often none.
+    ones = np.flatnonzero(np.unpackbits(tail, bitorder="little").view(bool)) if tail.any() else np.empty(0, dtype=np.int64)
+    carried, used = ones.size, count + ones.size
+    if not 0 <= 8 * tail.size - used < 8 or (carried and int(ones[-1]) >= used - 1):
         raise UserError(f"gaps are damaged: the high parts of {count} indices do not end where the bytes end")
-    ends_K = ends_K[:count]
     # The last index is the sum of all gaps; exact in Python's integers, it bounds every partial sum below.
-    carried = int(ends_K[-1]) - (count - 1)
     last = (int(low_K.sum(dtype=np.uint64)) if width < 8 else sum(low_K.tolist())) + (carried << 8 * width)
     if last >= numel or (carried and width == 8):
         raise UserError(f"indices must lie in [0, {numel}), the gaps lead to {last}")
     exact = np.dtype(np.int32 if index_dtype(numel) == torch.int32 else np.int64)
-    indices_K: npt.NDArray[np.signedinteger] = np.cumsum(low_K, dtype=exact)
-    if carried:
-        indices_K += ((ends_K - np.arange(count)) << 8 * width).astype(exact)
-    if bool((indices_K[1:] <= indices_K[:-1]).any()):
+    gaps_K: npt.NDArray[Any] = low_K
+    if carried:  # a one belongs to the gap whose number is that of the zeros before it
+        high_K = np.bincount(ones - np.arange(carried), minlength=count).astype(exact, copy=False)
+        gaps_K = (high_K << 8 * width) + low_K.astype(exact)
+    if not gaps_K[1:].all():
         raise UserError(f"indices must increase strictly within [0, {numel}), a gap is 0")
+    indices_K = np.cumsum(gaps_K, dtype=exact)
     return torch.from_numpy(indices_K)
 
 

@@ -28,7 +28,7 @@ def scatter(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tens
     if entries_K.dtype == weight.dtype and native.writes(weight, indices_K, entries_K):
         native.native_put(weight, indices_K, entries_K)
     else:
-        flat_view(weight)[indices_K] = entries_K.to(weight.dtype)
+        flat_view(weight).index_copy_(0, indices_K.long(), entries_K.to(weight.dtype))
 
 
 def add_values(base_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
