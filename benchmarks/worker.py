@@ -88,7 +88,7 @@ class Worker:
             tuner.detach()
             bases = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
             handle: list[sc.Applied] = []
-            on = lambda: handle.append(adapter.apply(self.model, check_base=False))  # noqa: E731
+            on = lambda: handle.append(adapter.apply(self.model))  # noqa: E731
             off = lambda: handle.pop().restore()  # noqa: E731
         before = {n: m.weight.detach().clone() for n, m in bases.items()}
         times = []

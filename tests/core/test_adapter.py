@@ -154,6 +154,33 @@ def test_another_base_is_refused_by_its_first_differing_tensor() -> None:
         assert not same_bits(other, before)
 
 
+def test_a_base_that_agreed_is_compared_again_once_it_changes() -> None:
+    model = Classifier()
+    adapter, _ = trained(model)
+    before = bits(model)
+    for _ in range(3):
+        with adapter.applied(model):
+            pass
+    assert same_bits(model, before)
+    delta = adapter.deltas["second.weight"]
+    with torch.no_grad():
+        model.second.weight.view(-1)[int(delta.indices_K[0])] += 1e-2
+    with pytest.raises(sc.UserError, match=r"second\.weight"):
+        adapter.apply(model)
+    model.load_state_dict(before)
+    with adapter.applied(model):
+        pass
+    moved = dict(adapter.deltas)
+    adapter.deltas["second.weight"] = sc.SparseDelta((delta.indices_K + 1) % delta.numel, delta.values_K, delta.shape)
+    with pytest.raises(sc.UserError, match=r"second\.weight"):
+        adapter.apply(model)
+    adapter.deltas.update(moved)
+    model.load_state_dict(Classifier(seed=1).state_dict())
+    with pytest.raises(sc.UserError, match="another base"):
+        adapter.apply(model)
+    assert same_bits(model, bits(Classifier(seed=1)))
+
+
 @pytest.mark.parametrize(("trained_in", "applied_in"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_the_same_base_in_another_dtype_is_recognised(trained_in: torch.dtype, applied_in: torch.dtype) -> None:
     adapter, _ = trained(Classifier().to(trained_in))

@@ -10,17 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .adapter_files import AdapterConfig, read_folder, write_folder
-from .delta import SparseDelta, all_finite
+from .delta import SparseDelta, all_finite, version_of
 from .errors import UserError
 from .fingerprint import check_fingerprint, check_shape, hashed_dtype
 from .targets import base_parameters
 from .threads import each
 from .writing import exchange, gather, scatter, write_sum
+
+SMALL = 1 << 21  # entries below which threads cost more than they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class SparseAdapter:
 
     def check(self) -> SparseAdapter:
         """Return self, or raise UserError naming the first tensor that is out of range, unsorted or not finite."""
-        each(lambda name: self.deltas[name].check(name), self.deltas)
+        each(lambda name: self.deltas[name].check(name), self.deltas, small=self.nnz < SMALL)
         return self._check_dense()
 
     def _check_dense(self) -> SparseAdapter:
@@ -59,8 +62,7 @@ class SparseAdapter:
 
         Names, shapes and a hash of the base's entries are compared; see fingerprint.py for models in another dtype.
         """
-        parameters = self._matching(model)
-        each(lambda name: self._checked_entries(name, parameters[name]), self.deltas)
+        self._check_entries(model, self._matching(model))
 
     def _matching(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters; UserError for the first that is missing or has another shape."""
@@ -73,6 +75,20 @@ class SparseAdapter:
         for name, tensor in self.dense.items():
             check_shape(name, parameters[name], tuple(tensor.shape), self._base)
         return parameters
+
+    def _check_entries(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor | None]:
+        """Compare hashes and return name -> base_K. Entries that agreed are not read again until torch counts a change of a weight
+        (an optimizer's step, load_state_dict), a weight moves, or a delta is replaced; nothing is returned for them."""
+        read = [(parameters[n].data_ptr(), version_of(parameters[n]), d) for n, d in self.deltas.items()]
+        bare = not model.__dict__.get("_speft_applied")  # speft's own writes are not counted: trust only what no adapter covers
+        models = _AGREED.setdefault(self, WeakKeyDictionary())
+        agreed = models.get(model) if bare else None
+        if agreed is not None and len(agreed) == len(read) and all(a == b for a, b in zip(agreed, read, strict=True)):
+            return {}
+        found = each(lambda name: self._checked_entries(name, parameters[name]), self.deltas, small=self.nnz < SMALL)
+        if bare and all(version is not None for _, version, _ in read):
+            models[model] = read
+        return dict(zip(self.deltas, found, strict=True))
 
     def _checked_entries(self, name: str, weight: nn.Parameter) -> torch.Tensor | None:
         """base_K, checked against the fingerprint; None where the fingerprint holds no hash of these entries."""
@@ -94,8 +110,7 @@ class SparseAdapter:
             raise UserError("an adapter cannot be applied while a tuner is attached; call tuner.detach() first")
         self.check()
         parameters = self._matching(model)
-        found = each(lambda name: self._checked_entries(name, parameters[name]), self.deltas if check_base else ())
-        return Applied(self, model, dict(zip(self.deltas, found, strict=False)))
+        return Applied(self, model, parameters, self._check_entries(model, parameters) if check_base else {})
 
     @contextmanager
     def applied(self, model: nn.Module, check_base: bool = True) -> Iterator[nn.Module]:
@@ -121,13 +136,23 @@ class SparseAdapter:
             raise UserError(f"{place}{error}") from None
 
 
+# adapter -> model -> address and version of each weight, and the delta, that were compared and agreed
+_AGREED: WeakKeyDictionary[SparseAdapter, WeakKeyDictionary[nn.Module, list[tuple[int, int | None, SparseDelta]]]]
+_AGREED = WeakKeyDictionary()
+
+
 class Applied:
     """An adapter that sits in a model. Several may be stacked; they come off in the reverse order."""
 
-    def __init__(self, adapter: SparseAdapter, model: nn.Module, known: Mapping[str, torch.Tensor | None]) -> None:
-        """Write. `known`: name -> base_K, for those deltas whose entries the caller has read already."""
+    def __init__(
+        self,
+        adapter: SparseAdapter,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        known: Mapping[str, torch.Tensor | None],
+    ) -> None:
+        """Write. `parameters`: the model's, by name. `known`: name -> base_K, for those deltas whose entries were read already."""
         self._model = model
-        parameters = base_parameters(model)
         self._saved_dense = {n: parameters[n].detach().clone() for n in adapter.dense}
         self._saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, delta in adapter.deltas.items():

@@ -16,13 +16,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`[work(item) for item in items]`, side by side; raises what the first item in order that failed raised.
+def each(work: Callable[[Item], Result], items: Iterable[Item], small: bool = False) -> list[Result]:
+    """`[work(item) for item in items]`, side by side unless `small`; raises what the first item in order that failed raised.
 
     `work` must not rely on grad mode or other state of the calling thread.
     """
     todo = list(items)
-    threads = min(torch.get_num_threads(), len(todo))
+    threads = 1 if small else min(torch.get_num_threads(), len(todo))
     if threads < 2:
         return [work(item) for item in todo]
     with ThreadPoolExecutor(threads, thread_name_prefix="speft") as pool:
