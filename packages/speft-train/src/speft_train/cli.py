@@ -93,6 +93,34 @@ def inspect_command(
     raise typer.Exit(guarded(lambda: inspect(masks, output)))
 
 
+@app.command("eval")
+def eval_command(
+    paths: Annotated[list[str], typer.Argument(help="run folders, adapter folders, models or checkpoints", show_default=False)],
+    tasks: Annotated[str, typer.Option(help="names of lm-eval, or task files, as gsm8k,mmlu,my.yaml", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="folder of local data for the tasks that come with speft-train")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="examples before each question; default: the task's", min=0)] = None,
+    limit: Annotated[int | None, typer.Option(help="questions of each task, the first ones", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="questions at once", min=1)] = 8,
+    base: Annotated[bool, typer.Option(help="evaluate the base of the adapters too")] = True,
+    model: Annotated[str | None, typer.Option(help="another place of the base model")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the weights: float32, bfloat16 or float16")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder for eval.json, eval.md and the answers")] = None,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="run what the model writes, outside any sandbox")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="put questions into the model's chat template")] = False,
+) -> None:
+    """Score models with lm-eval, adapters in place on their base: a column each, with standard errors."""
+    _quiet()
+    from .lm import run as lm
+
+    settings = lm.Settings(
+        tasks=[t for t in tasks.split(",") if t], num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, data=data,
+        base=base, output=output, model=model, dtype=dtype, execute_code=execute_code, chat=chat,
+    )  # fmt: skip
+    raise typer.Exit(guarded(lambda: lm.evaluate(paths, settings)))
+
+
 def main() -> None:
     """The `speft-train` command."""
     app()
