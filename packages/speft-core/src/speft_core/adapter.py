@@ -21,7 +21,7 @@ from .errors import UserError
 from .fingerprint import check_fingerprint, check_shape, hashed_dtype
 from .targets import base_parameters
 from .threads import each
-from .writing import exchange, gather, scatter, write_sum
+from .writing import exchange_all, gather, scatter_all
 
 SMALL = 1 << 21  # entries below which threads cost more than they save
 
@@ -154,16 +154,15 @@ class Applied:
         """Write. `parameters`: the model's, by name. `known`: name -> base_K, for those deltas whose entries were read already."""
         self._model = model
         self._saved_dense = {n: parameters[n].detach().clone() for n in adapter.dense}
-        self._saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        changes = []
         for name, delta in adapter.deltas.items():
             weight = parameters[name]
-            indices_K, values_K = delta.indices_K.to(weight.device), delta.values_K.to(weight.device)
-            base_K = known.get(name)
-            if base_K is None:
-                base_K = exchange(weight, indices_K, values_K)
-            else:
-                write_sum(weight, indices_K, base_K, values_K)
-            self._saved[name] = (indices_K, base_K)
+            here = delta if delta.indices_K.device == weight.device == delta.values_K.device else delta.to(device=weight.device)
+            changes.append((weight, here.indices_K, here.values_K, known.get(name)))
+        held = exchange_all(changes)
+        self._saved = {
+            name: (indices_K, base_K) for name, (_, indices_K, *_), base_K in zip(adapter.deltas, changes, held, strict=True)
+        }
         for name, tensor in adapter.dense.items():
             parameters[name].data.copy_(tensor)
         self._stack: list[Applied] = model.__dict__.setdefault("_speft_applied", [])
@@ -175,10 +174,10 @@ class Applied:
             return
         if self._stack[-1] is not self:
             raise UserError("adapters come off in the reverse order: restore the one applied last first")
-        for name, (indices_K, base_K) in self._saved.items():
-            weight = self._model.get_parameter(name)
-            scatter(weight, indices_K.to(weight.device), base_K.to(weight.device))
+        parameters = base_parameters(self._model)
+        saved = ((parameters[name], *held) for name, held in self._saved.items())
+        scatter_all([(w, indices_K.to(w.device), base_K.to(w.device)) for w, indices_K, base_K in saved])
         for name, tensor in self._saved_dense.items():
-            self._model.get_parameter(name).data.copy_(tensor)
+            parameters[name].data.copy_(tensor)
         self._stack.pop()
         self._saved, self._saved_dense = {}, {}

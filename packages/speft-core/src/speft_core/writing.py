@@ -5,6 +5,8 @@ Shape suffixes: K kept entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .ops import native
@@ -58,3 +60,35 @@ def exchange(weight: torch.Tensor, indices_K: torch.Tensor, values_K: torch.Tens
     base_K = gather(weight, indices_K)
     scatter(weight, indices_K, add_values(base_K, values_K))
     return base_K
+
+
+def exchange_all(changes: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
+    """For each (weight, indices_K, values_K, base_K or None): add the values in place; the entries as they were. base_K, where the
+    caller has read it, saves reading it again. No two may be of one weight."""
+    held = [base_K for *_, base_K in changes]
+    fast: list[native.Change] = []
+    for place, (weight, indices_K, values_K, base_K) in enumerate(changes):
+        if not native.writes(weight, indices_K, values_K):
+            if base_K is None:
+                held[place] = exchange(weight, indices_K, values_K)
+            else:
+                write_sum(weight, indices_K, base_K, values_K)
+            continue
+        if base_K is None:
+            held[place] = torch.empty(indices_K.numel(), dtype=weight.dtype)
+        fast.append((weight, indices_K, base_K, values_K, held[place] if base_K is None else None))
+    if fast:
+        native.native_add_all(fast)
+    return [base_K for base_K in held if base_K is not None]
+
+
+def scatter_all(entries: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """`scatter` of many (weight, indices_K, entries_K). No two may be of one weight."""
+    fast: list[native.Change] = []
+    for weight, indices_K, entries_K in entries:
+        if entries_K.dtype == weight.dtype and native.writes(weight, indices_K, entries_K):
+            fast.append((weight, indices_K, entries_K, None, None))
+        else:
+            scatter(weight, indices_K, entries_K)
+    if fast:
+        native.native_put_all(fast)

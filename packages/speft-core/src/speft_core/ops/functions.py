@@ -24,6 +24,7 @@ class SparseLinear(torch.autograd.Function):
 
     x: [..., I]; weight: [O, I]; bias: [O] or None; values_K: any floating dtype. recipe: how backward makes x again; without
     one, forward keeps the columns that `keeper` names (the layout's own when None). Saves W and at most those columns.
+    rewrite: for a weight whose shards are gathered anew for backward, without the values: writes base + values again.
     """
 
     @staticmethod
@@ -37,8 +38,9 @@ class SparseLinear(torch.autograd.Function):
         layout: Layout,
         recipe: Recipe | None = None,
         keeper: Keeper | None = None,
+        rewrite: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        ctx.plan, ctx.layout = plan, layout
+        ctx.plan, ctx.layout, ctx.rewrite = plan, layout, rewrite
         ctx.x_shape, ctx.x_dtype, ctx.values_dtype = x.shape, x.dtype, values_K.dtype
         given = x
         if torch.is_autocast_enabled(x.device.type):
@@ -70,10 +72,12 @@ class SparseLinear(torch.autograd.Function):
                 inputs = Inputs([(kept, ctx.low)], ctx.columns_U, ctx.key)
             grad_values_K = ctx.plan.entries(inputs, grad_TO, ctx.layout).to(ctx.values_dtype)
         if ctx.needs_input_grad[0]:
+            if ctx.rewrite is not None:
+                ctx.rewrite()
             grad_x = grad_input(grad_TO, weight).view(ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)
-        return grad_x, None, grad_bias, grad_values_K, None, None, None, None
+        return grad_x, None, grad_bias, grad_values_K, None, None, None, None, None
 
 
 class Tap(torch.autograd.Function):

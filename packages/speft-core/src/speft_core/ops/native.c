@@ -234,7 +234,7 @@ void speft_entries(const layout *at, const factor *x, int n, const factor *grad,
 }
 
 /* What the callers in native.py expect of this file; they refuse another. */
-int32_t speft_abi(void) { return 2; }
+int32_t speft_abi(void) { return 3; }
 
 #define AHEAD 24          /* entries between a prefetch and its use: the indices are sorted but far apart, each a cache miss */
 #define ALONE (1 << 14)   /* fewer entries than this are not worth a second thread */
@@ -280,4 +280,28 @@ void speft_put(void *weight, const int32_t *index, const void *from, int64_t ent
             ((uint16_t *)weight)[index[k]] = ((const uint16_t *)from)[k];
         }
     }
+}
+
+/* One tensor's share of an adapter, for the two functions below. */
+typedef struct {
+    void *weight;
+    const int32_t *index;
+    const void *base, *values;
+    void *held;
+    int64_t entries, dtype, values_dtype;
+} change;
+
+/* speft_add of many tensors: a thread takes one after another, as single tensors are too small to be shared. */
+void speft_add_all(const change *all, int64_t count, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++) {
+        const change *c = all + i;
+        speft_add(c->weight, c->index, c->base, c->held, c->values, c->entries, (int)c->dtype, (int)c->values_dtype, 1);
+    }
+}
+
+/* speft_put of `base` of many tensors. */
+void speft_put_all(const change *all, int64_t count, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++) speft_put(all[i].weight, all[i].index, all[i].base, all[i].entries, (int)all[i].dtype, 1);
 }

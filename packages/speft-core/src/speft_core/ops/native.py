@@ -18,18 +18,21 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .inputs import Inputs
 from .layout import Layout
+from .sampled import sampled_entries
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=fast")
 BUILD_SECONDS = 120
 TOKENS = 64  # as in native.c
-ABI = 2  # as in native.c
+ABI = 3  # as in native.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -165,8 +168,6 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
     library = _load()[0]
     tokens = grad_TO.shape[0]
     if library is None or grad_TO.dtype not in DTYPES or any(f.dtype not in DTYPES for f, _ in inputs.factors):
-        from .plans import sampled_entries
-
         return sampled_entries(inputs, grad_TO, layout)
     out_K = torch.empty(layout.nnz, dtype=torch.float32)
     if layout.nnz == 0 or tokens == 0:
@@ -220,3 +221,33 @@ def native_put(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.T
     assert library is not None and entries_K.dtype == weight.dtype
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, indices_K, entries_K))
     library.speft_put(*pointers, ctypes.c_int64(indices_K.numel()), DTYPES[weight.dtype], _threads())
+
+
+Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _packed(changes: Sequence[Change]) -> tuple[array[int], ctypes.c_void_p, ctypes.c_int64]:
+    """`changes` as native.c's array of struct change: eight 64-bit words each."""
+    words = array("q")
+    for weight, indices_K, base_K, values_K, held_K in changes:
+        words.extend(0 if t is None else t.data_ptr() for t in (weight, indices_K, base_K, values_K, held_K))
+        words.extend((indices_K.numel(), DTYPES[weight.dtype], 0 if values_K is None else DTYPES[values_K.dtype]))
+    return words, ctypes.c_void_p(words.buffer_info()[0]), ctypes.c_int64(len(changes))
+
+
+def native_add_all(changes: Sequence[Change]) -> None:
+    """native_add of many (weight, indices, base, values, held), side by side; check each with `writes` before."""
+    library = _load()[0]
+    assert library is not None
+    words, start, count = _packed(changes)
+    library.speft_add_all(start, count, _threads())
+    del words  # held until here
+
+
+def native_put_all(changes: Sequence[Change]) -> None:
+    """native_put of many (weight, indices, entries, None, None), side by side; check each with `writes` before."""
+    library = _load()[0]
+    assert library is not None
+    words, start, count = _packed(changes)
+    library.speft_put_all(start, count, _threads())
+    del words  # held until here

@@ -8,16 +8,16 @@ Shape suffixes: O outputs, I inputs, T tokens, K kept entries, R rows with an en
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import UserError
-from . import native, triton_sddmm
+from . import native
 from .inputs import Inputs
 from .layout import Layout
+from .sampled import sampled_entries
 
 TILE_ELEMENTS = 1 << 20  # elements of a product held at a time: 4 MB of fp32
 
@@ -77,30 +77,6 @@ def dense_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torc
         product_BC = grad_TO[:, start : start + step].T @ x_TC
         out_K[first:last] = product_BC.reshape(-1).index_select(0, place_K)
     return out_K
-
-
-def sampled_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Sampled dense-dense product (SDDMM) over touched rows and columns: T multiplications an entry, no dense product.
-
-    On CUDA a Triton kernel, where Triton is there; else PyTorch's own, in fp32.
-    """
-    x_TC = inputs.gather(layout)
-    if triton_sddmm.usable(grad_TO):
-        return triton_sddmm.entries(x_TC, grad_TO, layout)
-    wide = _wide(grad_TO.dtype)
-
-    def pattern() -> torch.Tensor:
-        shape = (layout.rows_R.numel(), layout.cols_C.numel())
-        parts = (layout.first_R.to(grad_TO.device, layout.col_of_K.dtype), layout.col_of_K)
-        zeros_K = torch.zeros(layout.nnz, dtype=wide, device=grad_TO.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            return torch.sparse_csr_tensor(*parts, zeros_K, size=shape, check_invariants=False)
-
-    grad_RT = grad_TO.T.index_select(0, layout.rows_R).to(wide)
-    # beta = 0 leaves the pattern's own values out of it; they stay zeros.
-    product = torch.sparse.sampled_addmm(layout.derived(("csr", wide), pattern), grad_RT, x_TC.to(wide), beta=0.0)
-    return product.values()
 
 
 @dataclass(frozen=True)
