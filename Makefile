@@ -14,13 +14,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PACKAGES := packages/speft-core packages/speft-train packages/speft-hub
 MODELS := packages/speft-train/requirements-models.txt
 
-.PHONY: help demo test test-real lint bench install install-dev clean
+.PHONY: help demo test test-real coverage lint bench install install-dev clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        fine-tune the bundled model on a CPU and print what it learned (configs/quickstart.yaml)"
 	@echo "make test        all tests but those marked real"
 	@echo "make test-real   the tests that run the bundled models"
+	@echo "make coverage    line and branch coverage of speft-core by its own tests"
 	@echo "make lint        ruff, mypy and the import rules"
 	@echo "make bench       step time and memory against PEFT and full fine-tuning"
 	@echo "make install     only the environment of demo; make install-dev: that of test and lint"
@@ -34,6 +35,10 @@ test: $(VENV)/.dev
 
 test-real: $(VENV)/.dev
 	@$(RUN) python -m pytest -m real $(ARGS)
+
+coverage: $(VENV)/.dev
+	@$(PIP_INSTALL) pytest-cov
+	@$(RUN) python -m pytest -m "not real" -n $(JOBS) --cov=speft_core --cov-branch --cov-report=term-missing:skip-covered tests/core $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(RUN) ruff check .
