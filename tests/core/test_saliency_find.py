@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import pico
@@ -31,6 +33,24 @@ def test_no_memory_limit_changes_a_bit(metric: str, pico_model: Any) -> None:
         limited = sc.find_mask(pico_model, iter(batches), metric, sc.Budget(k=40), scope=scope, memory_limit=limit)
         assert limited == free
         assert limited.made == free.made
+
+
+@settings(max_examples=25)
+@given(
+    limit=st.integers(1, 60_000),
+    metric=st.sampled_from(["gradient", "snip", "fisher"]),
+    scope=st.sampled_from(["global", "local"]),
+)
+def test_any_memory_limit_gives_the_same_mask(limit: int, metric: str, scope: str) -> None:
+    """Floors, caps and structures too: the choice goes over groups of targets and must not see them."""
+    model = pico.llama()
+    kinds: list[dict[str, Any]] = [{}, {"structure": "blocks:2"}]
+    for more in [*kinds, {"min_per_layer": 2, "max_per_layer": 0.2}] if scope == "global" else kinds:
+        free, limited = (
+            sc.find_mask(model, batches_of(model)[1:], metric, sc.Budget(k=120), scope=scope, memory_limit=bound, **more)
+            for bound in (None, limit)
+        )
+        assert limited == free and limited.made == free.made
 
 
 def test_groups_respect_the_limit() -> None:

@@ -29,6 +29,7 @@ SPEFT_K = {
     "speft/qwen2_7b_alpaca.yaml": 40_370_176,
     "speft/qwen2_7b_oasst2.yaml": 40_370_176,
     "speft/table1_minilm.yaml": 73_728,
+    "speft/scope_minilm.yaml": 73_728,
 }
 # The share of all parameters that the paper prints beside k, in percent.
 SPEFT_SHARE = {

@@ -13,8 +13,9 @@ import yaml
 import pico
 import pico_tokenizers
 from speft_core.errors import UserError
-from speft_train import sweep, sweep_table
-from speft_train.sweep_config import Sweep, load_sweep
+from speft_train import sweep, sweep_curves, sweep_table
+from speft_train.config import from_mapping
+from speft_train.sweep_config import Cell, Sweep, load_sweep
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,32 @@ def test_the_table_marks_the_best_and_counts_wins() -> None:
     assert "| a | 1,000 | 70.00 ± 14.14 | **0.20 ± 0.14** |" in text
     assert "| b | 1,000 | **90.00 ± 0.00** | 0.50 ± 0.00 |" in text
     assert sweep_table.latex(made, found).count(r"\textbf") == 3
+
+
+def place(metric: str, rate: float, k: int, seed: int, score: float) -> Any:
+    """A finished cell of one column, and its results."""
+    tree = {"output_dir": "x", "model": {"name": "m"}, "data": {"train": "d.jsonl"}, "train": {"learning_rate": rate}}
+    cfg = from_mapping({**tree, "adapter": {"metric": metric, "budget": {"k": k}}})
+    found = {"adapted": {"accuracy": score, "validation": {"accuracy": score / 2}}, "trainable_parameters": k}
+    return Cell(f"{metric} {k}", "A", seed, (), cfg), {**found, "total_parameters": 1000}
+
+
+def test_curves_are_drawn_of_what_varies(tmp_path: Path) -> None:
+    made = Sweep(tree={"output_dir": str(tmp_path)}, rows={}, columns={"A": {"score": "accuracy"}}, seeds=[0, 1])
+    one_rate = [place("gradient", 1e-3, k, seed, k / 100 + seed / 10) for k in (10, 20) for seed in (0, 1)]
+    one_rate.append(place("random", 1e-3, 10, 0, 0.3))
+    curves = sweep_curves.density_curves(made, one_rate)
+    line = [[round(value, 6) for value in point] for point in curves["A"]["gradient"]]
+    assert line == [[1.0, 15.0, 7.071068], [2.0, 25.0, 7.071068]] and curves["A"]["random"] == [(1.0, 30.0, 0.0)]
+    assert sweep_curves.rate_curves(made, one_rate) == {}, "one learning rate is no curve"
+    rates = [place("gradient", rate, 10, 0, 100 * rate) for rate in (1e-3, 4e-3)]
+    assert sweep_curves.rate_curves(made, rates) == {
+        "A": {"gradient": [(1e-3, pytest.approx(5.0), 0), (4e-3, pytest.approx(20.0), 0)]}
+    }
+    assert sweep_curves.density_curves(made, rates) == {}
+    both = [place("gradient", rate, k, 0, 0.5) for rate in (1e-3, 4e-3) for k in (10, 20)]
+    assert set(sweep_curves.density_curves(made, both)["A"]) == {"gradient, lr 0.001", "gradient, lr 0.004"}
+    assert set(sweep_curves.rate_curves(made, both)["A"]) == {"gradient, 10", "gradient, 20"}
+    assert sweep_curves.write(made, both, both) == [sweep_curves.DENSITY, sweep_curves.RATE]
+    for name in (sweep_curves.DENSITY, sweep_curves.RATE):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

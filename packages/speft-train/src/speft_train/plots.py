@@ -50,6 +50,23 @@ def score_bars(path: Path, means: Mapping[str, Mapping[str, float]], spreads: Ma
     _write(path, figure)
 
 
+def score_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], label: str) -> None:
+    """A panel a column, a line a metric or method through (x, score, spread), x on a logarithmic scale."""
+    figure = _figure(1.8 + 3.2 * len(curves), 3.8)
+    for number, (column, lines) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), number + 1)
+        for name, points in lines.items():
+            axes.errorbar(*zip(*points, strict=True), label=name, marker="o", markersize=3, capsize=2, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_title(column, fontsize=9)
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    handles = {h.get_label(): h for axes in figure.axes for h in axes.containers}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
+    _write(path, figure)
+
+
 def place(name: str) -> tuple[str, str]:
     """(layer, module) of a parameter: the first number in its name, and what follows it."""
     found = re.search(r"\.(\d+)\.(.+)$", "." + name)

@@ -21,7 +21,7 @@ from rich.console import Console
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
-from . import results, sweep_table
+from . import results, sweep_curves, sweep_table
 from .config import to_yaml
 from .folder import RunFolder
 from .stages import STAGES
@@ -59,11 +59,18 @@ def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | No
         if (row, column) in chosen or not chosen
     ]
     run_cells(cells, console, settings)
-    sweep_table.write(sweep, [(cell, found) for cell in cells if (found := figures(cell)) is not None])
+    final = _found(cells)
+    sweep_table.write(sweep, final)
+    sweep_curves.write(sweep, final, _found(sweep.every_cell()))
     console.print((sweep.folder / sweep_table.MARKDOWN).read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     if settings.failed:
         name, reason = next(iter(settings.failed.items()))
         raise UserError(f"{len(settings.failed)} of {len(cells)} runs failed; the first, {name}: {reason}")
+
+
+def _found(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
+    """The finished ones, with their results."""
+    return [(cell, found) for cell in cells if (found := figures(cell)) is not None]
 
 
 def plan(sweep: Sweep, console: Console) -> None:

@@ -84,6 +84,11 @@ class Sweep:
         tree = _with(self.tree, {**settings, "seed": seed, "output_dir": str(folder)})
         return Cell(row, column, seed, tuned, from_mapping(tree, f"{self.name} ({row} on {column})"))
 
+    def every_cell(self) -> list[Cell]:
+        """Each place of the table with every candidate and seed, whether or not it is needed."""
+        places = itertools.product(self.columns, self.rows, self.candidates(), self.seeds)
+        return [self.cell(row, column, seed, tuned) for column, row, tuned, seed in places]
+
     def all_cells(self) -> list[Cell]:
         """Every run that may be needed, for a dry run."""
         cells = []

@@ -1,0 +1,96 @@
+"""The curves of a sweep: score against density, and against learning rate, a line for each metric or method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from . import plots
+from .sweep_config import LOWER_IS_BETTER, Cell, Sweep
+from .sweep_table import score_of
+
+Found = Sequence[tuple[Cell, Mapping[str, Any]]]
+Point = tuple[float, float, float]  # x, mean over seeds, sd
+Curves = dict[str, dict[str, list[Point]]]  # column -> line -> points
+DENSITY, RATE = "density_curves.png", "learning_rate_curves.png"
+RATE_KEY = "train.learning_rate"
+
+
+def write(sweep: Sweep, final: Found, everything: Found) -> list[str]:
+    """Draw what varies: names of the files. `final` are the cells of the table, `everything` has the tuned-away ones too."""
+    drawn = []
+    by_density = density_curves(sweep, final)
+    if by_density:
+        plots.score_curves(sweep.folder / DENSITY, by_density, "trained scalars, % of the model")
+        drawn.append(DENSITY)
+    by_rate = rate_curves(sweep, everything)
+    if by_rate:
+        plots.score_curves(sweep.folder / RATE, by_rate, "learning rate")
+        drawn.append(RATE)
+    return drawn
+
+
+def density_curves(sweep: Sweep, found: Found) -> Curves:
+    """Against the share of the model that is trained, in percent; at the tuned learning rate where it is tuned."""
+    split = RATE_KEY not in sweep.tune and len({rate_of(cell) for cell, _ in found}) > 1
+
+    def line(cell: Cell) -> str:
+        return name_of(cell) + (f", lr {rate_of(cell):g}" if split else "")
+
+    def share(cell: Cell, result: Mapping[str, Any]) -> float | None:
+        total = result.get("total_parameters")
+        return 100.0 * result["trainable_parameters"] / total if total else None
+
+    return _curves(sweep, found, line, share, lambda column, result: score_of(result["adapted"], sweep.score(column)))
+
+
+def rate_curves(sweep: Sweep, found: Found) -> Curves:
+    """Against the learning rate, by the validation score where there is one, as the choice is made."""
+    several = len({(name_of(cell), cell.row) for cell, _ in found}) > len({name_of(cell) for cell, _ in found})
+
+    def line(cell: Cell) -> str:
+        budget = cell.cfg.adapter.budget
+        given = budget.density or budget.k or budget.like_lora_r
+        return name_of(cell) + (f", {given:g}" if several and given else "")
+
+    def score(column: str, result: Mapping[str, Any]) -> float:
+        held = result["adapted"].get("validation") or result["adapted"]
+        return score_of(held, sweep.score(column))
+
+    return _curves(sweep, found, line, lambda cell, _: rate_of(cell), score)
+
+
+def name_of(cell: Cell) -> str:
+    """The metric of a sparse run, the method of any other."""
+    section = cell.cfg.adapter
+    return section.metric if section.method == "sparse" else section.method
+
+
+def rate_of(cell: Cell) -> float:
+    """The learning rate, TrainingArguments' own where none is set."""
+    return float(cell.cfg.train.get("learning_rate", 5e-5))
+
+
+def _curves(
+    sweep: Sweep, found: Found, line: Callable[[Cell], str], x_of: Callable[[Cell, Mapping[str, Any]], float | None],
+    y_of: Callable[[str, Mapping[str, Any]], float],
+) -> Curves:  # fmt: skip
+    """Columns in which some line has two points or more; the others of such a column are drawn as points."""
+    values: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for cell, result in found:
+        x = x_of(cell, result)
+        if x is not None:
+            scale = 1.0 if sweep.score(cell.column) in LOWER_IS_BETTER else 100.0
+            points = values.setdefault(cell.column, {}).setdefault(line(cell), {})
+            points.setdefault(x, []).append(scale * y_of(cell.column, result))
+    made: Curves = {}
+    for column, lines in values.items():
+        if any(len(points) > 1 for points in lines.values()):
+            made[column] = {name: list(_points(points.items())) for name, points in lines.items()}
+    return made
+
+
+def _points(values: Iterable[tuple[float, list[float]]]) -> Iterable[Point]:
+    for x, scores in sorted(values):
+        yield x, statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
