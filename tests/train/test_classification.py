@@ -19,7 +19,7 @@ from speft_train.attached import Attached
 from speft_train.config import METRICS, RunConfig, from_mapping
 from speft_train.config_names import METHODS as NAMES
 from speft_train.data.labelled import encoder
-from speft_train.data.labels import LabelSpace
+from speft_train.data.labels import LabelSpace, label_space
 from speft_train.folder import RunFolder
 from speft_train.methods import METHODS
 
@@ -33,6 +33,10 @@ def sentences(count: int) -> list[dict[str, Any]]:
         label = ("good", "bad")[place % 2]
         rows.append({"sentence1": f"item {place % 7}", "sentence2": WORDS[label][place % 3], "label": label})
     return rows
+
+
+ROWS_OF_THREE_TO_ONE = [{"sentence1": "a", "sentence2": "b", "label": ("yes", "no")[place % 4 == 0]} for place in range(200)]
+ROWS_OF_THREE_TO_ONE.sort(key=lambda row: row["label"], reverse=True)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -177,6 +181,22 @@ def test_the_head_of_a_base_decoder_starts_with_the_papers_spread(folders: dict[
     _, other = loaded(tree(folders["llama"], "x.jsonl", tmp_path, seed=1), names)
     assert torch.equal(model.score.weight, again.score.weight)
     assert not torch.equal(model.score.weight, other.score.weight)
+
+
+def test_the_bias_of_an_encoders_head_may_start_at_the_labels(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (1.5, 2.5, 5.0)]
+    for labels, expected in ((rows, [3.0]), (ROWS_OF_THREE_TO_ONE, [0.25, 0.75])):
+        section = {"head": {"bias": "labels"}}
+        made = tree(folders["bert"], write(tmp_path / "rows.jsonl", labels), tmp_path)
+        cfg = from_mapping({**made, "model": {**made["model"], **section}})
+        space, _ = label_space(labels, "label", cfg.data, "rows.jsonl")
+        model = models.load_model(cfg, space)[0]
+        bias = model.classifier.bias.detach()
+        assert (bias if space.is_regression else bias.softmax(0)).tolist() == pytest.approx(expected, abs=0.02)
+    made = tree(folders["llama"], "x.jsonl", tmp_path)
+    cfg = from_mapping({**made, "model": {**made["model"], "head": {"bias": "labels"}}})
+    with pytest.raises(UserError, match="needs a head with a bias"):
+        models.load_model(cfg, label_space(ROWS_OF_THREE_TO_ONE, "label", cfg.data, "rows.jsonl")[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

@@ -80,6 +80,14 @@ def test_overrides_come_last_and_keep_their_types(tmp_path: Path) -> None:
     assert cfg.data.columns == {"question": "q"}
 
 
+@pytest.mark.parametrize("word", ["no", "'no'", "false"])
+def test_a_strategy_of_no_may_be_written_as_people_do(tmp_path: Path, word: str) -> None:
+    cfg = load_config(write(tmp_path, SMALL), [f"train.save_strategy={word}"])
+    assert cfg.train["save_strategy"] == "no"
+    assert "train.warmup_steps: must be" in message(write(tmp_path, SMALL), "train.warmup_steps=no")
+    assert "train.save_strategy: must be" in message(write(tmp_path, SMALL), "train.save_strategy=yes")
+
+
 def test_base_files_are_relative_to_the_file_and_lie_below_it(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     write(tmp_path / "parts", SMALL + "seed: 1\ntrain: {learning_rate: 1.0e-3, max_steps: 5}\n", "common.yaml")

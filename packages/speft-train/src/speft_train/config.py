@@ -22,6 +22,7 @@ from .config_adapter import AdapterSection, BudgetConfig, DynamicConfig, check_a
 from .config_checks import check_tree, key
 from .config_layers import read_layers
 from .config_names import METRICS, PROBLEM_KINDS, TASKS, TEMPLATES
+from .train_args import with_no
 
 __all__ = ["METRICS", "AdapterSection", "BudgetConfig", "DynamicConfig", "RunConfig", "from_mapping", "load_config"]
 
@@ -34,6 +35,10 @@ class HeadConfig:
     init_std: float | None = key(
         None, "spread of its random start; default: 0.06 / sqrt(width) on a decoder, the model's own on an encoder", above=0
     )
+    bias: str = key(
+        "zero", "its bias starts at zero, or where the training labels are: their mean, or the log of each class's share",
+        choices=("zero", "labels"), added=True,
+    )  # fmt: skip
     words: dict[str, str] = key(dict, "label -> answer word: the head starts as these rows of the vocabulary head")
     weight_decay: float | None = key(None, "its own weight decay; default: train.weight_decay", minimum=0, added=True)
 
@@ -152,6 +157,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_mapping(tree: Mapping[str, Any], name: str = "config") -> RunConfig:
     """Check a plain mapping and make a RunConfig of it; `name` is what messages call it."""
+    if isinstance(tree.get("train"), Mapping):
+        tree = {**tree, "train": with_no(tree["train"])}
     mistakes = check_tree(RunConfig, tree)
     if not mistakes:
         mistakes = _check_together(tree)

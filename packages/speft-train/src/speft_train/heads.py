@@ -60,12 +60,26 @@ def about(model: Any, cfg: RunConfig) -> str:
 
 def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> None:
     """Give a fresh head its first values, the same for a seed."""
+    _start_weights(model, tokenizer, cfg, labels)
+    if cfg.model.head.bias == "labels" and labels.blind:
+        bias = _last(model).bias
+        if bias is None:
+            raise UserError(f"model.head.bias=labels needs a head with a bias; that of {cfg.model.name} has none: leave it at zero")
+        with torch.no_grad():
+            bias.copy_(torch.tensor(labels.blind))
+
+
+def _last(model: Any) -> nn.Linear:
+    linears = [m for head in modules(model).values() for m in head.modules() if isinstance(m, nn.Linear)]
+    assert linears, "a classification model has a head"
+    return linears[-1]
+
+
+def _start_weights(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> None:
     from .models import is_encoder
 
     settings = cfg.model.head
-    linears = [m for head in modules(model).values() for m in head.modules() if isinstance(m, nn.Linear)]
-    assert linears, "a classification model has a head"
-    last = linears[-1]
+    last = _last(model)
     if settings.words:
         rows_OH = _word_rows(tokenizer, cfg, labels)
         if is_encoder(model.config) or rows_OH.shape != last.weight.shape:

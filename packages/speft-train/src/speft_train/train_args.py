@@ -92,6 +92,17 @@ IN_WORDS = {
 }
 
 
+def with_no(train: Mapping[str, Any]) -> dict[str, Any]:
+    """`train` with "no" again where YAML has made false of it, as in save_strategy: no."""
+    known, choices = training_fields(), enumerations()
+
+    def is_no(key: str, value: Any) -> bool:
+        kinds = known.get(key, ())
+        return value is False and "bool" not in kinds and any("no" in choices.get(kind, ()) for kind in kinds)
+
+    return {key: "no" if is_no(key, value) else value for key, value in train.items()}
+
+
 def check_train(train: Mapping[str, Any]) -> list[str]:
     """The mistakes of a `train` section, each with its key's path."""
     known = training_fields()

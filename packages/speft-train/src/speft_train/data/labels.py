@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from speft_core.errors import UserError, nearest
@@ -24,6 +24,8 @@ class LabelSpace:
     """The classes in the order of the head's outputs; none of them for a regression, which has one output."""
 
     names: tuple[str, ...] = ()
+    #: an output each that predicts the training labels without looking: their mean, or the log of each class's share
+    blind: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def is_regression(self) -> bool:
@@ -85,12 +87,14 @@ def label_space(
         if num_labels not in (None, 1):
             raise UserError(f"model.num_labels must be 1 for labels that are numbers; got {num_labels}")
         check_labels(rows, column, LabelSpace(), source)
-        return LabelSpace(), []
+        return LabelSpace(blind=(sum(map(as_number, values)) / len(values),)), []
     counts = Counter(map(label_text, values))
     names = tuple(data.label_names) or tuple(sorted(counts, key=_order))
     if len(set(names)) < len(names):
         raise UserError(f"data.label_names must differ from each other; got {', '.join(names)}")
-    space = LabelSpace(names)
+    # Half an example more for each class, so that one without examples has a share too.
+    total = sum(counts.values()) + len(names) / 2
+    space = LabelSpace(names, tuple(math.log((counts.get(name, 0) + 0.5) / total) for name in names))
     check_labels(rows, column, space, source)
     if len(names) < 2:
         raise UserError(f"{source}: column {column} must hold at least two classes; it holds {names[0]!r} alone")
