@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +12,21 @@ import torch
 import speft_core as sc
 from speft_core.errors import UserError, nearest
 from speft_core.saliency.metrics import as_metric
+from speft_core.saliency.peers import PeerFailed, Peers
 
 from . import data, label_rows
 from .attached import budget_of
 from .config_names import WEIGHT_CHANGE
 from .memory import bytes_of
+from .ranks import PeerError
 
 if TYPE_CHECKING:
     from .config import AdapterSection, RunConfig
     from .context import Run
 
 
-def score(run: Run) -> sc.SparsityMask:
-    """The mask of the config's metric and budget."""
+def score(run: Run, peers: Peers | None = None) -> sc.SparsityMask:
+    """The mask of the config's metric and budget; with `peers` the ranks share the pass and rank 0 has the mask."""
     section = run.cfg.adapter
     metric = metric_of(run.cfg, run.model)
     return sc.find_mask(
@@ -38,8 +40,30 @@ def score(run: Run) -> sc.SparsityMask:
         seed=run.cfg.seed,
         memory_limit=bytes_of(section.memory_limit),
         random_mode=section.random_mode,
+        peers=peers,
         **options_of(section, metric),
     )
+
+
+def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:
+    """All ranks score, each its batches; rank 0 chooses and calls `finish` with the mask. What that returns, on all ranks."""
+    ranks = run.ranks
+    peers = Peers(ranks.rank, ranks.world, ranks.group, ranks.group if run.model.device.type == "cpu" else None)
+    found = 0
+    try:
+        mask = score(run, peers)
+        if ranks.is_main:
+            found = finish(mask)
+    except PeerFailed as error:
+        raise PeerError(str(error)) from None
+    except BaseException as error:
+        peers.failed(error)
+        raise
+    try:
+        peers.done()
+    except PeerFailed as error:
+        raise PeerError(str(error)) from None
+    return ranks.gather(found)[0]
 
 
 def metric_of(cfg: RunConfig, model: Any) -> sc.Metric:

@@ -54,18 +54,20 @@ def evaluate_base(run: Run) -> Result:
 
 
 def find_mask(run: Run) -> Result:
-    """Rank 0 scores and chooses; the mask's file is what all ranks read."""
+    """The ranks score, rank 0 chooses; the mask's file is what all of them read."""
     from . import scoring
 
     started = time.perf_counter()
     path = run.folder.path / MASK
 
-    def work() -> int:
-        mask = _ready_mask(run) if run.cfg.adapter.mask else scoring.score(run)
+    def keep(mask: Any) -> int:
         mask.save(path)
-        return mask.nnz
+        return int(mask.nnz)
 
-    k = run.ranks.on_main(work)
+    if run.cfg.adapter.mask or run.ranks.world == 1:
+        k = run.ranks.on_main(lambda: keep(_ready_mask(run) if run.cfg.adapter.mask else scoring.score(run)))
+    else:
+        k = scoring.score_together(run, keep)
     total = sum(p.numel() for p in run.model.parameters())
     run.say(f"  k = {k:,} of {total:,} parameters ({k / total:.3%})")
     return {"k": k, "saliency_seconds": round(time.perf_counter() - started, 3)}

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ..errors import UserError
 from ..ops.functions import Tap
+from ..ops.matmul import grad_input
 from ..slots import AttachedForward
 from ..targets import base_parameters, owners_of, parameter_shape
 
@@ -39,6 +40,14 @@ class Accumulator:
         self.name = name
         shape, dtype = parameter_shape(parameter), wide_dtype(parameter.dtype)
         self.sum = torch.zeros(shape, dtype=dtype, device=device or parameter.device)
+
+    def add_product(self, left_TB: torch.Tensor, right_TI: torch.Tensor, start: int = 0) -> None:
+        """Add leftᵀ right to the rows from `start` on, as a product and then one addition.
+
+        Not inside the product's kernel, which would save a pass over both: it adds to the sum in several parts, and an
+        accumulator in host memory, or one that several ranks share, must get the very same bits.
+        """
+        self.add(left_TB.to(self.sum.dtype).T @ right_TI.to(self.sum.dtype), start)
 
     def add(self, term: torch.Tensor, start: int = 0) -> None:
         """Add `term` to the rows from `start` on; in the accumulator's dtype and one plain addition an entry."""
@@ -81,7 +90,7 @@ class Rule:
             left_TO, right_TI = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1]).to(dtype)
             step = max(1, TILE_ELEMENTS // max(1, right_TI.shape[1]))
             for start in range(0, left_TO.shape[1], step):
-                total.add(left_TO[:, start : start + step].to(dtype).T @ right_TI, start)
+                total.add_product(left_TO[:, start : start + step], right_TI, start)
             return
         left_BTO, right_BTI = examples.split(left, total.name), examples.split(right, total.name).to(dtype)
         step = max(1, TILE_ELEMENTS // max(1, right_BTI.shape[0] * right_BTI.shape[2]))
@@ -128,7 +137,8 @@ class _AccumulatingLinear(torch.autograd.Function):
         ctx.scorer.add(grad_y, x)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        return grad_y @ (weight.T if ctx.scorer.transposed else weight), None, None, None, None
+        grad_x = grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight.T if ctx.scorer.transposed else weight)
+        return grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1]), None, None, None, None
 
 
 class _Scorer:

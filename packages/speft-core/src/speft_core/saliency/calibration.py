@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .peers import Peers
 
 Batch = Mapping[str, Any]
 LossFn = Callable[[nn.Module, Batch], torch.Tensor]
@@ -65,12 +66,16 @@ class Calibration:
     several passes it is kept (token ids are small), so that a shuffling loader gives each of them the same examples.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None, peers: Peers | None = None) -> None:
         if isinstance(batches, Mapping):
             raise UserError("batches must be a list (or other iterable) of batches, got one batch; put it in a list")
         self.model, self.loss_fn = model, loss_fn or model_loss
         self._batches = batches
         self.examples = 0  #: examples in the calibration set, known after the first pass
+        self.first = 0  #: examples in its first batch, known from the first batch on
+        self.weight = 0.0  #: batches so far, each counted by its size as a share of the first
+        self.peers = peers if peers is not None and peers.world > 1 else None
+        self.shared: Mapping[str, torch.Tensor] = {}  #: the sums that the present pass adds each batch to
 
     def keep(self) -> None:
         """Make several passes possible."""
@@ -78,14 +83,21 @@ class Calibration:
             self._batches = list(self._batches)
 
     def __iter__(self) -> Iterator[tuple[int, Batch, int]]:
-        """(number, batch on the model's device, examples). UserError when there is none."""
+        """(number, batch on the model's device, examples); among peers those of this rank. UserError when there is none."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        number, seen = -1, 0
+        number, seen, self.weight = -1, 0, 0.0
+        world, rank = (1, 0) if self.peers is None else (self.peers.world, self.peers.rank)
         for number, batch in enumerate(self._batches):
             size = batch_size(batch)
-            seen += size
-            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            yield number, moved, size
+            self.first = self.first or size
+            seen, self.weight = seen + size, self.weight + size / self.first
+            if number % world == rank:
+                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                yield number, moved, size
+            if self.peers is not None and number % world == world - 1:
+                self.peers.combine(self.shared, world)
+        if self.peers is not None and (number + 1) % world:
+            self.peers.combine(self.shared, (number + 1) % world)
         if number < 0:
             raise UserError("a data-driven metric needs at least one calibration batch, got none")
         self.examples = seen

@@ -20,7 +20,8 @@ from .calibration import Batch, Calibration, LossFn
 from .choose import Bound, Chooser
 from .memory import plan_groups
 from .metrics import Metric, Score, as_metric
-from .passes import Pass
+from .passes import SHARED, Pass
+from .peers import Peers
 
 AnyMetric = str | Metric | Score | Mapping[str, torch.Tensor]
 
@@ -41,6 +42,7 @@ def find_mask(
     min_per_layer: Bound = None,
     max_per_layer: Bound = None,
     options: Mapping[str, Any] | None = None,
+    peers: Peers | None = None,
 ) -> SparsityMask:
     """Choose exactly the budget's k scalars of `targets`: those with the largest saliency.
 
@@ -52,7 +54,8 @@ def find_mask(
     model's device; beyond it they go to host memory, then to several passes. It changes no bit of the mask (GRaSP's
     `hessian="auto"` aside). structure: "entries", "rows", "columns", "blocks:B" or "N:M" (see structured.py).
     min_per_layer, max_per_layer: bounds on the entries of each target, a count, or a share of the target when a float.
-    options: of the metric, such as {"sign": 1} for grasp.
+    options: of the metric, such as {"sign": 1} for grasp. peers: ranks that share the pass (see peers.py): all call this with the
+    same arguments, rank 0 gets the mask, the others an empty one. Metrics whose pass cannot be shared run on rank 0 alone.
 
     The model may have a tuner attached: it is then scored as it has become. UserError for an unknown metric, scope, structure
     or option, targets that match nothing, a budget larger than the targets, no batches for a metric that needs them, or
@@ -80,15 +83,23 @@ def find_mask(
     floors, caps = _bounds("min_per_layer", min_per_layer, sizes), _bounds("max_per_layer", max_per_layer, sizes)
     chooser = Chooser(sizes, shapes, k, scope, floors, caps, form)
     groups = plan_groups(model, names, memory_limit)
-    calibration = Calibration(model, batches, loss_fn)
+    peers = peers if peers is not None and peers.world > 1 else None
+    is_peer = peers is not None and peers.rank > 0
+    if is_peer and row.source.compute not in SHARED:
+        return SparsityMask({}, {}, made)
+    calibration = Calibration(model, batches, loss_fn, peers if row.source.compute in SHARED else None)
     if len(groups) > 1:
         calibration.keep()
     run = Pass(model, calibration, names, {n: d for group in groups for n, d in group.items()}, _options(row, options))
     for group in groups:
         statistics = row.source.compute(run, list(group))
+        if is_peer:
+            continue
         rank = row.rank if row.rank and not form else row.score
         chooser.add({n: _lazy(rank, parameters[n], statistics[n]) for n in group})
         del statistics
+    if is_peer:
+        return SparsityMask({}, {}, made)
     if row.source.reads_batches:
         made["examples"] = calibration.examples
     return SparsityMask(chooser.result(), shapes, made | run.notes)

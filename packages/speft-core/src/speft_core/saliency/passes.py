@@ -45,15 +45,14 @@ def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
 
     Each batch counts by its number of examples, so that a short last batch weighs less. Dropout is off meanwhile.
     """
-    sums, total = run.accumulators(names), 0.0
-    first = 0
+    sums = run.accumulators(names)
+    run.calibration.shared = {n: s.sum for n, s in sums.items()}
     with frozen(run.model), accumulating(run.model, sums, Rule(), run.all_names), torch.enable_grad():
         for number, batch, size in run.calibration:
-            first = first or size
             loss = run.calibration.loss(number, batch).mean()
-            (loss * (size / first)).backward()  # the product is exact for all batches as large as the first
-            total += size / first
-    return {n: s.sum.div_(total) for n, s in sums.items()}
+            # The product is exact for all batches as large as the first.
+            (loss * (size / run.calibration.first)).backward()
+    return {n: s.sum.div_(run.calibration.weight) for n, s in sums.items()}
 
 
 def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tensor], torch.Tensor]) -> Statistics:
@@ -71,11 +70,13 @@ def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tens
             run.calibration.keep()
         if at_once:
             part = {n: sums[n] for n in at_once}
+            run.calibration.shared = {n: s.sum for n, s in part.items()}
             with accumulating(run.model, part, Rule(function), run.all_names) as examples, torch.enable_grad():
                 for number, batch, _ in run.calibration:
                     _backward_examples(run, number, batch, examples)
         if alone:
             gradients = run.accumulators(alone)
+            run.calibration.shared = {n: sums[n].sum for n in alone}
             with accumulating(run.model, gradients, Rule(), run.all_names) as examples, torch.enable_grad():
                 for number, batch, _ in run.calibration:
                     for piece in _single_examples(batch):
@@ -150,6 +151,7 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
             shape = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
             squares.setdefault(name, torch.zeros(shape, dtype=wide_dtype(weight.dtype), device=weight.device))
             hooks.append(module.register_forward_pre_hook(watch(name)))
+    run.calibration.shared = squares
     try:
         with frozen(run.model), torch.no_grad():
             for _, batch, _ in run.calibration:
@@ -159,3 +161,7 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
         for hook in hooks:
             hook.remove()
     return {n: s.sqrt_() for n, s in squares.items()}
+
+
+# Passes that several ranks can share: each batch adds to sums, and nothing else is kept of it.
+SHARED = (mean_gradient, squared_gradient, absolute_gradient, input_norms)
