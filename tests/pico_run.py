@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 import pico
 import pico_tokenizers
+import speft_core as sc
 
 # Not many characters, so that a pico model is still a pico model.
 SIZES = {"hidden_size": 16, "intermediate_size": 40, "max_position_embeddings": 256}
@@ -39,3 +41,18 @@ def make_config(file: Path, base: Path, output: Path, /, **sections: Any) -> Pat
         tree[name] = {**tree[name], **section} if isinstance(section, dict) and name in tree else section
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+def random_masks_digest(backwards: bool = False) -> str:
+    """Hash of random masks of a pico model, exact and by coins, drawn here; its modules in their order or backwards."""
+    found = hashlib.sha256()
+    model = pico.llama()
+    if backwards:
+        for module in model.modules():
+            module._modules = dict(reversed(module._modules.items()))
+    for mode in ("exact", "bernoulli"):
+        mask = sc.find_mask(model, metric="random", budget=sc.Budget(k=500), seed=7, random_mode=mode)
+        assert mask.names[0].startswith("model.layers.1" if backwards else "model.layers.0")
+        for name in sorted(mask.indices):
+            found.update(name.encode() + mask.indices[name].numpy().tobytes())
+    return found.hexdigest()

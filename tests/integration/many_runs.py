@@ -1,7 +1,7 @@
 """Several runs in the ranks of one launch: starting a rank takes longer than a run on a pico model.
 
 deepspeed --num_gpus 2 many_runs.py RUNS.json, where RUNS.json lists (config, overrides). Prints one JSON line a run from
-rank 0: its exit code, and a digest of the weights that each rank ended with.
+rank 0: its exit code, a digest of the weights that each rank ended with, and of the random masks that each draws.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from pico_run import random_masks_digest
 from speft_train import cli, engine, steps
 
 
@@ -33,11 +37,13 @@ def main() -> None:
     runs = json.loads(parser.parse_args().runs.read_text())
     engine.stop = lambda ranks: None  # the next run needs the process group
     ends: list[list[str]] = []
+    drawn: list[list[str]] = []
     train = steps.train
 
     def watched(run: Any) -> Any:
         result = train(run)
         ends.append(run.ranks.gather(weights_digest(run.attached.model)))
+        drawn.append(run.ranks.gather(random_masks_digest(backwards=run.ranks.rank % 2 == 1)))
         return result
 
     from speft_train import stages
@@ -48,9 +54,11 @@ def main() -> None:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         ends.clear()
+        drawn.clear()
         code = cli.guarded(lambda c=config, o=overrides: cli.execute(Path(c), o, dry_run=False))
         if rank == 0:
-            print("RUN " + json.dumps({"code": code, "digests": ends[0] if ends else []}), flush=True)
+            found = {"code": code, "digests": ends[0] if ends else [], "drawn": drawn[0] if drawn else []}
+            print("RUN " + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import speft_core as sc
-from pico_run import make_config, make_model
+from pico_run import make_config, make_model, random_masks_digest
 from speft_train import cli, results
 from speft_train.folder import RunFolder
 
@@ -67,6 +67,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stage1-full": ({**LIGHT, "adapter": {"method": "full"}}, {"deepspeed": {"zero_stage": 1}}),
     "stage2-dense": ({**LIGHT, "adapter": {"train_dense": ["model.norm"]}}, {"deepspeed": {"zero_stage": 2}}),
     "stage2-shards": ({**LIGHT, "adapter": {"budget": {"k": 2000}}}, {"deepspeed": {"zero_stage": 2}}),
+    "stage0-dynamic": (
+        {**LIGHT, "adapter": {"dynamic": {"interval": 2, "examples": 8}}},
+        {"deepspeed": {"zero_stage": 0}, **MICRO},
+    ),
     "stage2-evaluated": ({}, {"deepspeed": {"zero_stage": 2}}),
 }
 
@@ -118,6 +122,10 @@ def test_two_ranks_train_as_one_process_does(ran: Path, name: str) -> None:
     if masks[0].exists():  # safetensors writes its metadata in any order: the files' bytes may differ
         assert sc.SparsityMask.load(masks[0]) == sc.SparsityMask.load(masks[1])
     found = [results.read(RunFolder(ran / side / name)) for side in ("one", "two")]
+    if "dynamic" in found[0]:
+        assert [c["step"] for c in found[1]["dynamic"]["changes"]] == [2, 4, 6]
+        assert found[1]["dynamic"]["union"] == sc.SparseAdapter.load(ran / "two" / name / "adapter").nnz
+    assert end["drawn"] == [random_masks_digest()] * 2, "each rank draws the same random masks for itself"
     for figures in ("base", "adapted"):
         if found[0][figures] is not None:
             assert found[1][figures]["count"] == found[0][figures]["count"] == 4
