@@ -33,14 +33,12 @@ class ThreadPeers(Peers):
                     self.shared[other][name].zero_()
         self.barrier.wait(60)
 
-    def _agree(self, message: str | None) -> None:
+    def _gather(self, message: str | None) -> list[str | None]:
         self.notes[self.rank] = message
         self.barrier.wait(60)
-        notes = dict(self.notes)
+        notes = [self.notes[rank] for rank in range(self.world)]
         self.barrier.wait(60)
-        for rank, text in notes.items():
-            if text is not None and rank != self.rank:
-                raise PeerFailed(f"rank {rank} stopped: {text}")
+        return notes
 
 
 def batches(model: Any, count: int = 7) -> list[dict[str, torch.Tensor]]:

@@ -33,7 +33,9 @@ def test_several_processes_without_deepspeed_are_refused(monkeypatch: pytest.Mon
 
 def test_settings_hold_the_stage_and_leave_batches_to_the_train_section() -> None:
     made = engine.settings(DeepspeedSection(zero_stage=2, offload_optimizer="cpu"))
-    assert made["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert made["zero_optimization"] == {
+        "stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": engine.REDUCE_BUCKET,
+    }  # fmt: skip
     assert all(made[key] == "auto" for key in engine.FROM_TRAIN)
     assert "optimizer" not in made
     assert engine.zero_stage(DeepspeedSection(zero_stage=1)) == 1
@@ -46,6 +48,7 @@ def test_a_raw_config_wins_and_is_merged(tmp_path: Path) -> None:
     for given in (raw, str(file)):
         made = engine.settings(DeepspeedSection(zero_stage=1, config=given))
         assert made["zero_optimization"] == raw["zero_optimization"]
+        assert engine.settings(DeepspeedSection(zero_stage=3))["zero_optimization"]["stage3_max_live_parameters"] > 0
         assert made["wall_clock_breakdown"] is True
         assert made["bf16"] == {"enabled": "auto"}
 

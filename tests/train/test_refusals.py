@@ -24,8 +24,12 @@ def made(dtype: str = "float32", method: str = "sparse", deepspeed: dict[str, An
 
 
 REFUSED = [
-    (dict(deepspeed={"zero_stage": 3}), "zero_stage: 3 is not supported yet"),
-    (dict(deepspeed={"config": {"zero_optimization": {"stage": 3}}}), "zero_stage: 3 is not supported yet"),
+    (dict(deepspeed={"zero_stage": 3}, dtype="bfloat16", bf16=True), "zero_stage 3 cast the base weights and the values"),
+    (dict(deepspeed={"config": {"zero_optimization": {"stage": 3}}}, method="lora", bf16=True), "zero_stage 3 cast the base"),
+    (
+        dict(deepspeed={"zero_stage": 3, "config": {"zero_optimization": {"zero_quantized_weights": True}}}),
+        "zero_quantized_weights, .* round the weights when they are gathered",
+    ),
     (dict(deepspeed={"zero_stage": 0}, dtype="bfloat16", bf16=True), "stage 0 DeepSpeed scales the updates wrongly"),
     (dict(deepspeed={"zero_stage": 0}, method="lora", bf16=True), "stage 0 DeepSpeed scales the updates wrongly"),
     (dict(deepspeed={"config": {"bf16": {"enabled": True}}}), "stage 0 DeepSpeed scales the updates wrongly"),
@@ -46,8 +50,8 @@ ALLOWED = [
     dict(dtype="bfloat16"),
     dict(method="lora", bf16=True),
     dict(method="full", bf16=True),
-    *(dict(deepspeed={"zero_stage": stage}) for stage in (0, 1, 2)),
-    *(dict(deepspeed={"zero_stage": stage}, dtype="bfloat16") for stage in (0, 1, 2)),
+    *(dict(deepspeed={"zero_stage": stage}) for stage in (0, 1, 2, 3)),
+    *(dict(deepspeed={"zero_stage": stage}, dtype="bfloat16") for stage in (0, 1, 2, 3)),
     dict(deepspeed={"zero_stage": 2}, dtype="bfloat16", bf16=True),
     dict(deepspeed={"zero_stage": 2}, method="full", bf16=True),
     dict(deepspeed={"zero_stage": 2, "offload_optimizer": "cpu"}),

@@ -94,9 +94,14 @@ class Slot:
         values_K = self.values_K
         training = torch.is_grad_enabled() and values_K.requires_grad
         seen = (values_K.data_ptr(), values_K._version)
-        if training or self.stale or seen != self._seen:
-            write_sum(self.weight, self.indices_K, self.base_K, values_K)
+        if training or self.stale or seen != self._seen or sharded(self.weight):
+            self.rewrite()
         self.stale, self._seen = training, seen
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        """Write base + values in any case: into a weight that was gathered anew from shards, which hold the base alone."""
+        write_sum(self.weight, self.indices_K, self.base_K, self.values_K)
 
     def summed(self) -> torch.Tensor:
         """A copy of the parameter with base + values in it, differentiable by values; for graphs, which do not see `write`."""
@@ -165,10 +170,10 @@ class AttachedForward:
             bias = taps.get("bias", self.module.bias)
             x = args[0]
             weight = fast.weight
-            recipe = None if hooks_forbid() or sharded(weight) else recipe_of(x)
-            return SparseLinear.apply(
-                x, weight, bias, fast.values_K, fast.plan, fast.layout_on(x.device), recipe, fast.keeper
-            )
+            is_sharded = sharded(weight)
+            recipe = None if hooks_forbid() or is_sharded else recipe_of(x)
+            layout, rewrite = fast.layout_on(x.device), fast.rewrite if is_sharded else None
+            return SparseLinear.apply(x, weight, bias, fast.values_K, fast.plan, layout, recipe, fast.keeper, rewrite)
         if fast is not None:
             taps[fast.attribute] = Tap.apply(fast.weight, fast.values_K, fast.pick)
         return self._with(taps, args, kwargs)

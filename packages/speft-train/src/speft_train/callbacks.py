@@ -15,6 +15,7 @@ from .ranks import Ranks
 from .signals import StopRequest
 
 SHOWN = ("loss", "eval_loss", "learning_rate")
+SHOWN_EXAMPLES = 8
 
 
 class StopOnSignal(TrainerCallback):
@@ -33,7 +34,19 @@ class StopOnSignal(TrainerCallback):
 
 
 class FiniteLoss(TrainerCallback):
-    """Ends the run at the first logged loss that is not finite: what follows would be noise."""
+    """Ends the run at the first logged loss that is not finite, with the step and its examples: what follows would be noise.
+
+    Looking at each step's loss would make the accelerator wait, so the steps since the last log are kept and looked at when
+    the log's mean is not finite.
+    """
+
+    def __init__(self, ranks: Ranks, examples_of: Callable[[int], list[int]]) -> None:
+        self.ranks, self.examples_of = ranks, examples_of
+        self.recent: list[tuple[int, Any]] = []
+
+    def seen(self, step: int, loss: Any) -> None:
+        """The loss of one forward on this rank, as a tensor."""
+        self.recent.append((step, loss))
 
     def on_log(
         self,
@@ -43,14 +56,21 @@ class FiniteLoss(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The Trainer has averaged the loss over ranks and over the steps since the last log."""
+        """The Trainer has averaged the loss over ranks and over the steps since the last log: all ranks see the same."""
+        recent, self.recent = self.recent, []
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at step {state.global_step} of {state.max_steps}; lower train.learning_rate"
-                    f" (now {args.learning_rate:g}), set train.max_grad_norm, or train in float32 (model.dtype=float32)"
-                )
+            if not isinstance(value, float) or math.isfinite(value):
+                continue
+            bad = min((step for step, loss in recent if not math.isfinite(float(loss.mean()))), default=None)
+            steps = [step for step in self.ranks.gather(bad) if step is not None]
+            step = min(steps, default=state.global_step)
+            examples = self.examples_of(step)
+            listed = ", ".join(map(str, examples[:SHOWN_EXAMPLES])) + (", ..." if len(examples) > SHOWN_EXAMPLES else "")
+            raise UserError(
+                f"{name} is {value} at step {step} of {state.max_steps} (training examples {listed}); lower train.learning_rate"
+                f" (now {args.learning_rate:g}), set train.max_grad_norm, or train in float32 (model.dtype=float32)"
+            )
 
 
 class Lines(TrainerCallback):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from .ranks import Ranks
 WAIT = timedelta(hours=6)
 # Keys of a raw DeepSpeed config that follow from the train section; "auto" is always right for them.
 FROM_TRAIN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+# What DeepSpeed puts on a partitioned parameter beside names that start with ds_.
+PARTITIONED = (
+    "is_external_param", "all_gather", "all_gather_coalesced", "partition", "reduce_gradients_at_owner",
+    "partition_gradients", "aligned_size", "padding_size", "partition_numel", "convert_to_zero_parameters",
+)  # fmt: skip
 OFFLOADS = ("offload_optimizer", "offload_param")
+# Elements of the buffer that gradients are reduced in: DeepSpeed's default allocates 2 GB for what is a few MB here.
+REDUCE_BUCKET = 20_000_000
+# Stage 3: gathered parameters that may be alive at once, and fetched ahead (DeepSpeed: 1e9 and 5e7).
+LIVE_PARAMETERS = 300_000_000
 
 
 def launched_ranks() -> tuple[int, int, int]:
@@ -93,7 +103,9 @@ def settings(section: DeepspeedSection) -> dict[str, Any]:
     The optimizer block is left out: DeepSpeed would build a fused one on first use, and transformers passes torch's
     AdamW.
     """
-    zero: dict[str, Any] = {"stage": section.zero_stage}
+    zero: dict[str, Any] = {"stage": section.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
+    if section.zero_stage == 3:
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_PARAMETERS
     for name in OFFLOADS:
         device = getattr(section, name)
         if device not in (None, "none"):
@@ -138,6 +150,53 @@ def load_optimizer(engine: Any, folder: str) -> None:
     path, _ = engine.load_checkpoint(folder, load_module_strict=False)
     if path is None:
         raise UserError(f"{folder} holds no DeepSpeed state; remove it to start from the checkpoint before it")
+
+
+@contextmanager
+def whole(parameters: Iterable[Any], change: bool = False) -> Iterator[None]:
+    """Within it partitioned parameters are whole on all ranks, which enter together. With `change`, rank 0's change stays."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(sharded, modifier_rank=0 if change else None):
+        yield
+
+
+def gather_for_good(engine: Any, model: Any) -> None:
+    """After training at stage 3: the model's parameters are ordinary and whole again, and DeepSpeed's hooks are gone.
+
+    Weights come back as they were partitioned; whoever holds values writes them anew.
+    """
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        return
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    offload._remove_module_hooks()
+    parameters = list(model.parameters())
+    device = next((b.device for b in model.buffers()), None)
+    for parameter in parameters:
+        parameter.all_gather()
+        full = parameter.data.clone() if device is None else parameter.data.to(device, copy=True)
+        for name in [n for n in vars(parameter) if n.startswith("ds_") or n in PARTITIONED]:
+            delattr(parameter, name)
+        parameter.grad, parameter.data = None, full
+    for module in model.modules():
+        if "_original_parameters" in vars(module):
+            module._parameters = module.__dict__.pop("_original_parameters")
+    unset_hf_deepspeed_config()  # or the next model that is loaded would be partitioned
+
+
+def optimizer_share(optimizer: Any) -> tuple[int, int]:
+    """(trained scalars whose optimizer state this rank holds, bytes of that state); padding of the shards included."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    states = [[t for t in state.values() if hasattr(t, "dim") and t.dim()] for state in optimizer.state.values()]
+    scalars = sum(max((t.numel() for t in tensors), default=0) for tensors in states)
+    return scalars, sum(t.numel() * t.element_size() for tensors in states for t in tensors)
 
 
 def versions() -> dict[str, str]:

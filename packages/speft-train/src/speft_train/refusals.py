@@ -29,13 +29,21 @@ class Setup:
     changes_mask: bool = False
 
 
+# Keys of zero_optimization under which gathered weights are not the ones that were partitioned.
+QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
 Rule = tuple[Callable[[Setup], bool], str]
 
 RULES: tuple[Rule, ...] = (
     (
-        lambda s: s.deepspeed and s.stage >= 3,
-        "deepspeed.zero_stage: 3 is not supported yet: weights written in forward alone would be lost when backward"
-        " gathers the shards again; allowed: 0, 1, 2",
+        lambda s: s.deepspeed and s.stage == 3 and s.half is not None,
+        "train.bf16 and train.fp16 at deepspeed.zero_stage 3 cast the base weights and the values for good; set"
+        " model.dtype=bfloat16 and leave them false: weights in bfloat16, values in float32",
+    ),
+    (
+        lambda s: s.deepspeed and s.stage == 3 and any(s.raw.get("zero_optimization", {}).get(key) for key in QUANTISED),
+        f"deepspeed.config: {', '.join(QUANTISED)} round the weights when they are gathered, so that base + values would be lost;"
+        " remove them",
     ),
     (
         lambda s: s.deepspeed and s.stage == 0 and s.half is not None,
@@ -78,8 +86,8 @@ RULES: tuple[Rule, ...] = (
         "train.fp16_full_eval and bf16_full_eval cast the base weights for good; set model.dtype instead",
     ),
     (
-        lambda s: s.changes_mask and s.deepspeed and s.stage in (1, 2),
-        "adapter.dynamic needs deepspeed.zero_stage 0: stages 1 and 2 lay the values into flat buffers, whose parts cannot"
+        lambda s: s.changes_mask and s.deepspeed and s.stage in (1, 2, 3),
+        "adapter.dynamic needs deepspeed.zero_stage 0: the others lay the values into flat buffers, whose parts cannot"
         " change size with the mask; allowed: 0, where each rank holds the optimizer of k scalars",
     ),
     (

@@ -26,6 +26,8 @@ def collect(folder: RunFolder, cfg: RunConfig) -> dict[str, Any]:
         "saliency_seconds": mask.get("saliency_seconds"),
         "train_seconds": train.get("train_seconds"),
         "peak_memory_bytes": train.get("peak_memory_bytes"),
+        "optimizer_bytes": train.get("optimizer_bytes"),
+        "gradient_bytes": train.get("gradient_bytes"),
         "seed": cfg.seed,
         "steps": train.get("steps"),
         "method": cfg.adapter.method,

@@ -57,6 +57,12 @@ class GlobalBatches(torch.utils.data.Sampler[int]):
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return [index for b in shuffled for index in batches[b]]
 
+    def examples_of(self, step: int) -> list[int]:
+        """The examples of an optimizer step (the first is 1), on all processes together."""
+        each = len(self) // self.batch
+        start = (step - 1) % each * self.batch
+        return self.order((step - 1) // each)[start : start + self.batch]
+
 
 def steps_in_all(size: int, batch: int, max_steps: int, epochs: float) -> int:
     """Optimizer steps of the whole run."""

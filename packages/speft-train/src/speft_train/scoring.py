@@ -57,7 +57,8 @@ def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:
     except PeerFailed as error:
         raise PeerError(str(error)) from None
     except BaseException as error:
-        peers.failed(error)
+        if peers.failed(error) and not ranks.is_main:
+            raise PeerError(f"rank 0 stopped: {error}") from error  # it has told the user
         raise
     try:
         peers.done()

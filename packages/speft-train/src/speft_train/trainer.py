@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import speft_core as sc
 
-from . import checkpoints, engine, label_rows
+from . import callbacks, checkpoints, engine, label_rows
 from .ranks import Ranks
 from .sampler import GlobalBatches
 
@@ -56,6 +56,8 @@ class RunTrainer(Trainer):
         if self.label_smoother is not None or not self.model_accepts_loss_kwargs:
             self.whole_logits = "the loss is not the model's own"
         self.warm_start: str | None = None
+        self.finite = callbacks.FiniteLoss(ranks, self.order.examples_of)
+        self.add_callback(self.finite)
 
     # Data ---------------------------------------------------------------------------------------------------------
 
@@ -101,6 +103,12 @@ class RunTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward; its loss is kept until the next log."""
+        loss = super().training_step(*args, **kwargs)
+        self.finite.seen(self.state.global_step + 1, loss.detach())
+        return loss
+
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _made_by(self) -> dict[str, Any]:
@@ -131,11 +139,12 @@ class RunTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, from rank 0."""
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.save_trainable(self.model, folder)
-            if self.dynamic is not None:
-                checkpoints.save_dynamic(self.dynamic, folder)
+        with engine.whole(checkpoints.trainable(self.model).values()):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                checkpoints.save_trainable(self.model, folder)
+                if self.dynamic is not None:
+                    checkpoints.save_dynamic(self.dynamic, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -146,7 +155,9 @@ class RunTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.load(self.model if model is None else model, Path(resume_from_checkpoint), self.dynamic)
+        model = self.model if model is None else model
+        with engine.whole(checkpoints.trainable(model).values(), change=True):
+            checkpoints.load(model, Path(resume_from_checkpoint), self.dynamic)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import speft_core as sc
 from speft_core.errors import UserError
 from speft_core.remask import union
 
-from . import checkpoints, dynamic, memory, training_args
+from . import checkpoints, dynamic, engine, memory, training_args
 from .context import Run
 from .sampler import steps_in_all
 from .signals import Stopped
@@ -71,6 +73,10 @@ def train(run: Run) -> Result:
         raise Stopped(
             signum, f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it"
         )
+    result |= _shares(run, trainer)
+    engine.gather_for_good(trainer.model_wrapped, run.attached.model)
+    if run.attached.tuner is not None:
+        run.attached.tuner.sync()
     if changes is not None:
         result["dynamic"] = dynamic.finish(run, changes)
     result["digest"] = _same_on_all_ranks(run)
@@ -84,7 +90,7 @@ def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> tuple[Any, 
 
     assert run.attached is not None
     stop = callbacks.StopOnSignal(run.request, run.ranks)
-    extra: list[Any] = [stop, callbacks.FiniteLoss()]
+    extra: list[Any] = [stop]
     if changes is not None:
         extra.append(dynamic.ChangeMask(changes, run.folder.path, run.ranks.is_main, run.say))
     if run.ranks.is_main:
@@ -142,11 +148,44 @@ def _of_task(run: Run) -> dict[str, Any]:
 def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
     if checkpoint is not None:
         run.note(f"  resumed from {checkpoint.name}")
-    with run.request.deferring():
+    with run.request.deferring(), _out_of_memory(run):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.warm_start:
         run.note(f"  warm start: {trainer.warm_start}; Adam's moments were not taken over and started at zero")
     return _kept(trainer.state.log_history)
+
+
+def _shares(run: Run, trainer: Any) -> Result:
+    """Bytes of optimizer state and of gradients on the rank that has most of them; frozen weights have neither."""
+    assert run.attached is not None
+    if trainer.optimizer is None:  # nothing was left to train
+        return {}
+    scalars, state = engine.optimizer_share(trainer.optimizer)
+    sharded = engine.is_enabled(run.cfg.deepspeed) and engine.zero_stage(run.cfg.deepspeed) >= 2
+    gradients = 4 * (scalars if sharded else run.attached.trainable)
+    state, gradients, scalars = (max(run.ranks.gather(count)) for count in (state, gradients, scalars))
+    run.say(
+        f"  optimizer {state:,} bytes and gradients {gradients:,} bytes a rank, of {scalars:,} of {run.attached.trainable:,}"
+        " trained scalars"
+    )
+    return {"optimizer_bytes": state, "gradient_bytes": gradients}
+
+
+@contextmanager
+def _out_of_memory(run: Run) -> Iterator[None]:
+    """What went out of memory says which micro-batch the plan holds possible."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_shortage(error):
+            raise
+        from . import planning
+
+        try:
+            advice = planning.advice(run.cfg, run.ranks.world, memory.total_bytes())
+        except UserError:  # a model that cannot be planned without data
+            advice = "a smaller train.per_device_train_batch_size"
+        raise UserError(f"training ran out of memory; by the plan, set {advice}") from error
 
 
 def _kept(log: list[Result]) -> list[Result]:

@@ -49,18 +49,21 @@ class Peers:
         """The pass is over here, its mask included; PeerFailed when it is not for another rank."""
         self._agree(None)
 
-    def failed(self, error: BaseException) -> None:
-        """Tell the others, who wait in a round or at the end. Not for a PeerFailed, which all of them get."""
+    def failed(self, error: BaseException) -> bool:
+        """Tell the others, who wait in a round or at the end; whether rank 0 failed too. Not for a PeerFailed, which all get."""
         try:
-            self._agree(f"{type(error).__name__}: {error}")
-        except (PeerFailed, RuntimeError):  # one more that failed, or is gone
-            pass
+            return self._gather(f"{type(error).__name__}: {error}")[0] is not None
+        except RuntimeError:  # the others are gone
+            return self.rank == 0
 
     def _agree(self, message: str | None) -> None:
+        for rank, text in enumerate(self._gather(message)):
+            if text is not None and rank != self.rank:
+                raise PeerFailed(f"rank {rank} stopped: {text}")
+
+    def _gather(self, message: str | None) -> list[str | None]:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, message, group=self.objects)
-        for rank, text in enumerate(found):
-            if text is not None and rank != self.rank:
-                raise PeerFailed(f"rank {rank} stopped: {text}")
+        return found

@@ -1,0 +1,69 @@
+"""A loss that is not finite names the step and its examples; out of memory names a micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pico_run import make_config, make_model
+from speft_train import cli, label_rows
+from speft_train.sampler import GlobalBatches
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_examples(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log comes at step 6; the loss went wrong at step 4."""
+    calls, loss_of = [0], label_rows.next_token_loss
+
+    def breaks(*args: object, **kwargs: object) -> torch.Tensor:
+        loss: torch.Tensor = loss_of(*args, **kwargs)  # type: ignore[arg-type]
+        if args[0] is not args[1] or kwargs or len(args) > 3:  # training, not scoring
+            calls[0] += 1
+        return loss * float("nan") if calls[0] == 4 else loss
+
+    monkeypatch.setattr(label_rows, "next_token_loss", breaks)
+    settings = {"logging_steps": 6, "save_strategy": "no"}
+    adapter = {"metric": "magnitude"}
+    config = make_config(
+        tmp_path / "c.yaml", model, tmp_path / "run", train=settings, adapter=adapter, evaluate={"enabled": False}
+    )
+    assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
+    told = one_line(capsys)
+    examples = ", ".join(map(str, GlobalBatches(40, 8, 0).examples_of(4)))
+    assert f"loss is nan at step 4 of 6 (training examples {examples})" in told
+
+
+def test_examples_of_a_step_are_those_of_the_order() -> None:
+    order = GlobalBatches(21, 4, seed=3)
+    for step in range(1, 12):
+        epoch, place = divmod(step - 1, 5)
+        assert order.examples_of(step) == order.order(epoch)[4 * place : 4 * place + 4]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_out_of_memory_names_a_micro_batch(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fails(*args: object, **kwargs: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(label_rows, "next_token_loss", fails)
+    config = make_config(
+        tmp_path / "c.yaml", model, tmp_path / "run", adapter={"metric": "magnitude"}, evaluate={"enabled": False}
+    )
+    assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
+    assert "training ran out of memory; by the plan, set train.per_device_train_batch_size=4 (now 8)" in one_line(capsys)

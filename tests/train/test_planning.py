@@ -1,0 +1,123 @@
+"""`speft-train plan`: what is counted, how it is shared out, what fits; and the simulated step against a real one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import speft_core as sc
+from pico_run import make_config, make_model
+from speft_core import UserError
+from speft_train import cli, config, label_rows, planning
+from speft_train.models import load_model
+from speft_train.planning import ZERO_STAGES, Planner, Setting
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=160)
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory, model: Path) -> config.RunConfig:
+    folder = tmp_path_factory.mktemp("cfg")
+    return config.load_config(make_config(folder / "c.yaml", model, folder / "run", adapter={"targets": "all-linear"}))
+
+
+@pytest.fixture(scope="module")
+def side(cfg: config.RunConfig) -> dict[str, Planner]:
+    return {p.method: p for p in planning.planners(cfg, LENGTH)}
+
+
+def kept_by_autograd(model: Any, loss: Any) -> int:
+    """Bytes of distinct storages that forward keeps, parameters and buffers left out."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    held = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("method", ["sparse", "full"])
+def test_the_simulated_step_keeps_what_a_real_one_keeps(cfg: config.RunConfig, side: dict[str, Planner], method: str) -> None:
+    """Within 5 %: a real mask keeps some columns of an input where the plan takes the whole of it."""
+    model, _ = load_model(cfg)
+    model.train()
+    if method == "sparse":
+        mask = sc.find_mask(model, metric="magnitude", budget=sc.Budget(k=side[method].k), targets="all-linear")
+        sc.attach(model, mask)
+    ids = torch.randint(3, model.config.vocab_size, (2, LENGTH))
+    real = kept_by_autograd(model, lambda: label_rows.next_token_loss(model, model, {"input_ids": ids, "labels": ids}))
+    assert side[method].step(2).kept == pytest.approx(real, rel=0.05)
+
+
+def test_stages_share_out_what_they_say(side: dict[str, Planner]) -> None:
+    setting = Setting(gpus=4, length=LENGTH, micro=2, accumulation=2)
+    for planner in side.values():
+        rows = {stage: planner.rows(stage, setting, 2) for stage in ZERO_STAGES}
+        for stage, row in rows.items():
+            assert row["weights"] == planner.weights // (4 if stage == 3 else 1)
+            assert row["gradients"] == rows[0]["gradients"] // (4 if stage >= 2 else 1)
+            assert row["kept activations"] == rows[0]["kept activations"] > 0
+        assert rows[1]["optimizer"] == 12 * planner.k // 4
+        assert planner.peak(2, setting, 2) <= planner.peak(1, setting, 2)
+    assert side["sparse"].rows(0, setting, 2)["values"] == 4 * side["sparse"].k
+    assert side["lora"].k <= side["sparse"].k < side["full"].k
+    assert side["sparse"].step(2).kept < side["lora"].step(2).kept < side["full"].step(2).kept
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(side: dict[str, Planner]) -> None:
+    planner = side["sparse"]
+    exact = planner.peak(0, Setting(length=LENGTH), 5)
+    setting = Setting(length=LENGTH, memory=exact, headroom=0.0)
+    assert planner.largest(0, setting) == 5
+    assert planner.largest(0, replace(setting, memory=exact - 1)) == 4
+    assert planner.largest(0, replace(setting, memory=1000)) == 0
+
+
+def test_a_deep_model_is_planned_from_a_few_layers(cfg: config.RunConfig, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "deep", num_hidden_layers=14)
+    deep = replace(cfg, model=replace(cfg.model, name=str(folder)))
+    planner = Planner(deep, "sparse", LENGTH)
+    quick, whole = planner.step(1), planning.simulate.step(planner.cfg, planner.what, 1, LENGTH)
+    assert quick.kept == pytest.approx(whole.kept, rel=0.01) and quick.peak == pytest.approx(whole.peak, rel=0.01)
+
+
+def test_the_command_prints_tables_and_touches_nothing(tmp_path: Path, model: Path) -> None:
+    file = make_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    words = ["plan", str(file), "--gpus", "4", "--gpu-memory", "0.01", "--length", "32", "adapter.targets=all-linear"]
+    found = CliRunner().invoke(cli.app, words)
+    assert found.exit_code == 0, found.output
+    for word in ("sparse: k =", "lora: k =", "full: k =", "kept activations", "saliency accumulators", "what fits"):
+        assert word in found.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("words", "told"), [(["--gpus", "0"], "at least 1 GPU"), (["--gpu-memory", "-1"], "more than 0 GB")])
+def test_mistakes_are_one_line(tmp_path: Path, model: Path, words: list[str], told: str, capsys: Any) -> None:
+    file = make_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    assert CliRunner().invoke(cli.app, ["plan", str(file), *words]).exit_code == 2
+    with pytest.raises(UserError, match=told):
+        gpus, memory = (int(words[1]), 80.0) if words[0] == "--gpus" else (1, float(words[1]))
+        planning.show(config.load_config(file), gpus, memory * 1e9, 32, None)  # type: ignore[arg-type]
+
+
+def test_out_of_memory_names_a_smaller_micro_batch(cfg: config.RunConfig) -> None:
+    assert planning.advice(cfg, 1, 1e12) == "train.per_device_train_batch_size=4 (now 8)"
+    assert "activation_checkpointing" in str(planning.advice(cfg, 1, 1e3))
