@@ -1,74 +1,24 @@
-"""A hostile Hub: each hazard that the client lets pass must be refused here, with nothing written outside the target."""
+"""A hostile Hub: each hazard that the client lets pass must be refused here, with nothing written outside the target.
+
+The rows of the table in docs/hub.md, but for what the files themselves hold (test_hazards_contents.py) and sizes (test_hazards_sizes.py).
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
 
+from hub.hostile import WEIGHTS, files_below, published, refuse, replace, target
 from hub.loopback import LoopbackHub
-from hub.loopback.store import Blob, git_oid, large_blob
+from hub.loopback.store import git_oid
 from speft_core import SparseAdapter, UserError
 from speft_hub import NotFound, pull, push
 from speft_hub.hub import check_endpoint
 from speft_hub.names import ALLOWED, size_limit
 
-WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def published(hub: LoopbackHub, adapter_dir: Path) -> LoopbackHub:
-    """The loopback Hub with an honest adapter in alice/sst2."""
-    push(adapter_dir, "alice/sst2")
-    hub.requests.clear()
-    return hub
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    """Where a pull writes: a folder of its own, so that anything beside it is seen."""
-    (tmp_path / "room").mkdir()
-    return tmp_path / "room" / "sst2"
-
-
-def files_below(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*")} - {"room/.sst2.lock"}
-
-
-def refuse(target: Path, match: str, address: str = "alice/sst2", **options: Any) -> None:
-    """The pull fails with one line, and what the disk holds is what it held before."""
-    root = target.parent.parent
-    before = files_below(root)
-    with pytest.raises(UserError, match=match) as caught:
-        pull(address, target, **options)
-    assert "\n" not in str(caught.value)
-    assert files_below(root) == before
-    assert not target.exists()
-
-
-def replace(hub: LoopbackHub, files: dict[str, bytes | None], repo: str = "alice/sst2") -> None:
-    """Put a commit on main as an attacker with write access would."""
-    import hashlib
-
-    tree = dict(hub.repos[repo].commits[hub.repos[repo].branches["main"]].tree)
-    for name, data in files.items():
-        if data is None:
-            tree.pop(name)
-        elif name.endswith(".safetensors"):
-            sha256 = hashlib.sha256(data).hexdigest()
-            hub.large[sha256] = data
-            tree[name] = large_blob(sha256, len(data))
-        else:
-            tree[name] = Blob(data)
-    hub.repos[repo].add_commit("main", tree, "attack", "", "mallory")
-
+__all__ = ["published", "target"]
 
 # File names
 
@@ -227,218 +177,6 @@ def test_offline_mode_says_so(published: LoopbackHub, target: Path, monkeypatch:
     finally:
         monkeypatch.undo()
         close_session()
-
-
-# Sizes
-
-
-def test_more_bytes_than_listed_are_not_written(published: LoopbackHub, target: Path) -> None:
-    published.inject("flood", WEIGHTS, extra=300 << 20)
-    refuse(target, "more bytes came")
-    assert published.flooded < 100 << 20  # the connection was closed long before the end
-
-
-def test_more_bytes_than_announced_are_not_written(published: LoopbackHub, target: Path) -> None:
-    size = published.repos["alice/sst2"].commits[published.repos["alice/sst2"].branches["main"]].tree[WEIGHTS].size
-    published.inject("flood", WEIGHTS, extra=1 << 20, announce=1 << 40)
-    refuse(target, "more bytes came")
-    assert size < 1 << 20
-
-
-@pytest.mark.parametrize("name, size", [("README.md", 2 << 20), ("adapter_config.json", 100 << 20), (WEIGHTS, 1 << 40)])
-def test_listed_sizes_are_capped_by_kind(published: LoopbackHub, target: Path, name: str, size: int) -> None:
-    published.inject("tree", entries=[{"type": "file", "path": name, "size": size, "oid": "0" * 40}])
-    files = [
-        b.entry(p)
-        for p, b in published.repos["alice/sst2"].commits[published.repos["alice/sst2"].branches["main"]].tree.items()
-        if p != name
-    ]
-    published.faults.clear()
-    published.inject("tree", entries=[*files, {"type": "file", "path": name, "size": size, "oid": "0" * 40}], replace=True)
-    refuse(target, "at most")
-    assert not any("/resolve/" in path for _, path, _ in published.requests)
-
-
-def test_the_sum_is_capped(published: LoopbackHub, target: Path) -> None:
-    refuse(target, "--max-bytes", max_bytes=100)
-
-
-def test_a_full_disk_is_seen_before_anything_is_fetched(
-    published: LoopbackHub, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((1, 1)) and type("U", (), {"free": 10})())
-    refuse(target, "are free")
-    assert not any("/resolve/" in path for _, path, _ in published.requests)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"size": -1, "oid": "0" * 40},
-        {"size": 5, "oid": "../../x"},
-        {"size": 5, "oid": "0" * 39},
-        {"size": "5", "oid": "0" * 40},
-        {"size": 5, "oid": "0" * 40, "lfs": {"oid": "zz", "size": 5, "pointerSize": 1}},
-        {"size": 5, "oid": "0" * 40, "lfs": {"oid": "0" * 64, "size": 6, "pointerSize": 1}},
-    ],
-)
-def test_listings_that_cannot_be(published: LoopbackHub, target: Path, entry: dict[str, Any]) -> None:
-    published.inject("tree", entries=[{"type": "file", "path": "training_config.yaml"} | entry])
-    refuse(target, "cannot be")
-
-
-def test_a_tree_without_end_is_left(published: LoopbackHub, target: Path) -> None:
-    published.inject("tree", entries=[{"type": "file", "path": f"{i}.txt", "size": 1, "oid": "0" * 40} for i in range(3000)])
-    published.inject("pages")
-    refuse(target, "more than")
-
-
-# Integrity
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "README.md"])
-def test_a_flipped_bit_is_seen(published: LoopbackHub, target: Path, name: str) -> None:
-    published.inject("corrupt", name)
-    refuse(target, "damaged or forged")
-
-
-def test_dropped_connections_are_resumed(published: LoopbackHub, target: Path) -> None:
-    fault = published.inject("cut", WEIGHTS, times=3, after=100)
-    assert pull("alice/sst2", target).fetched and fault.seen == 3
-    SparseAdapter.load(target)
-
-
-def test_a_server_that_always_drops_is_given_up(published: LoopbackHub, target: Path) -> None:
-    published.inject("cut", WEIGHTS, after=0)
-    refuse(target, "gave up")
-
-
-def test_busy_servers_are_asked_again(published: LoopbackHub, target: Path) -> None:
-    fault = published.inject("status", "/resolve/", times=2, code=503)
-    assert pull("alice/sst2", target).fetched and fault.seen == 2
-
-
-# Contents: all with right digests, so only the checks of the adapter itself can see them
-
-
-def with_tensors(folder: Path, change: Any) -> bytes:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / "changed.safetensors", metadata={"format": "pt"})
-    return (folder / "changed.safetensors").read_bytes()
-
-
-NAME = "layers.0.weight"
-
-
-@pytest.mark.parametrize(
-    "what, change",
-    [
-        (
-            "gaps past the end",
-            lambda t: t.update(
-                {
-                    f"{NAME}.gaps": torch.cat(
-                        [
-                            torch.tensor([8], dtype=torch.uint8),
-                            torch.full((20 * 8,), 255, dtype=torch.uint8),
-                            torch.zeros(3, dtype=torch.uint8),
-                        ]
-                    )
-                }
-            ),
-        ),
-        (
-            "gaps below zero",
-            lambda t: t.update(
-                {
-                    f"{NAME}.gaps": torch.cat(
-                        [
-                            torch.tensor([4], dtype=torch.uint8),
-                            torch.full((20 * 4,), 255, dtype=torch.uint8),
-                            torch.zeros(3, dtype=torch.uint8),
-                        ]
-                    )
-                }
-            ),
-        ),
-        ("gaps cut", lambda t: t.update({f"{NAME}.gaps": t[f"{NAME}.gaps"][:-2].clone()})),
-        ("gaps of zero", lambda t: t.update({f"{NAME}.gaps": torch.zeros_like(t[f"{NAME}.gaps"])})),
-        ("not a number", lambda t: t[f"{NAME}.values"].__setitem__(3, float("nan"))),
-        ("infinite", lambda t: t[f"{NAME}.values"].__setitem__(3, float("inf"))),
-        ("integers", lambda t: t.update({f"{NAME}.values": t[f"{NAME}.values"].long()})),
-        ("a value too many", lambda t: t.update({f"{NAME}.values": torch.ones(21)})),
-        ("a value missing", lambda t: t.update({f"{NAME}.values": torch.ones(19)})),
-        ("another shape", lambda t: t.update({f"{NAME}.values": torch.ones(4, 5)})),
-        ("values gone", lambda t: t.pop(f"{NAME}.values")),
-        ("gaps gone", lambda t: t.pop(f"{NAME}.gaps")),
-        ("a stranger", lambda t: t.update({"stranger": torch.ones(2)})),
-        ("a head of nan", lambda t: t["dense.score.weight"].fill_(float("nan"))),
-    ],
-)
-def test_hostile_contents(published: LoopbackHub, adapter_dir: Path, target: Path, what: str, change: Any) -> None:
-    replace(published, {WEIGHTS: with_tensors(adapter_dir, change)})
-    refuse(target, "adapter|gaps|indices|values|finite|lists")
-
-
-def config_of(adapter_dir: Path, **change: Any) -> bytes:
-    return json.dumps(json.loads((adapter_dir / "adapter_config.json").read_text()) | change).encode()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        b"[" * 100_000,
-        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
-        b"",
-        b"null",
-        b"[]",
-        b'"x"',
-        b"{}",
-        b"\xff\xfe",
-        b'{"format_version": 1' + b"0" * 5000 + b"}",
-    ],
-)
-def test_hostile_json(published: LoopbackHub, target: Path, config: bytes) -> None:
-    replace(published, {"adapter_config.json": config})
-    refuse(target, "adapter_config.json|adapter|readable")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format_version": 99},
-        {"format_version": "1"},
-        {"format": "peft"},
-        {"tensors": None},
-        {"tensors": {NAME: {"shape": [-1, 5]}}},
-        {"tensors": {NAME: {"shape": [1 << 70]}}},
-        {"tensors": {NAME: {"shape": "x"}}},
-        {"tensors": {}},
-        {"tensors": []},
-    ],
-)
-def test_hostile_configurations(published: LoopbackHub, adapter_dir: Path, target: Path, change: dict[str, Any]) -> None:
-    replace(published, {"adapter_config.json": config_of(adapter_dir, **change)})
-    refuse(target, ".")
-
-
-def test_random_masks_do_not_make_us_draw_without_bound(published: LoopbackHub, adapter_dir: Path, target: Path) -> None:
-    huge = {NAME: {"shape": [1 << 17, 1 << 16]}}
-    for density in (1.0, 0.5, 1e-9, float("nan")):
-        random = {"seed": 1, "mode": "bernoulli", "density": density}
-        weights = with_tensors(
-            adapter_dir, lambda t: (t.pop(f"{NAME}.gaps"), t.pop("layers.1.weight.gaps"), t.pop("layers.1.weight.values"))
-        )
-        replace(published, {"adapter_config.json": config_of(adapter_dir, random=random, tensors=huge), WEIGHTS: weights})
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        refuse(target, ".")
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
-
-
-def test_a_huge_header_is_refused(published: LoopbackHub, target: Path) -> None:
-    replace(published, {WEIGHTS: (1 << 62).to_bytes(8, "little") + b"{}" + b" " * 100})
-    refuse(target, "readable adapter")
 
 
 # Pickles

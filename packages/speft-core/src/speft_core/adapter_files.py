@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,29 +65,44 @@ def write_folder(folder: Path, contents: Contents) -> None:
         listed[name] = {"shape": list(delta.shape), **{k: v for k, v in fingerprint.get(name, {}).items() if k != "shape"}}
     for name, tensor in dense.items():
         tensors[f"dense.{name}"] = tensor.detach().cpu().contiguous().clone()
-    nnz = sum(d.nnz for d in deltas.values())
-    record = {"format": "speft", "format_version": FORMAT_VERSION, **asdict(config), "nnz": nnz}
-    text = json.dumps(record, indent=2)[:-2] + ',\n  "tensors": {\n'
-    rows = [f"{json.dumps(n)}: {json.dumps(entry, separators=(',', ':'))}" for n, entry in listed.items()]
+    text = config_text(config, sum(d.nnz for d in deltas.values()), listed)
     atomic_files(
         {
             folder / WEIGHTS_FILE: lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"}),
-            folder / CONFIG_FILE: text + ",\n".join(rows) + "\n  }\n}\n",
+            folder / CONFIG_FILE: text,
         }
     )
 
 
-def read_folder(folder: Path, device: str) -> Contents:
-    """Read both files; UserError (one line that names the folder) for anything missing, damaged or hostile."""
+def config_text(config: AdapterConfig, nnz: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
+    """`adapter_config.json`: what the adapter says of itself, then a line for each tensor."""
+    record = {"format": "speft", "format_version": FORMAT_VERSION, **asdict(config), "nnz": nnz}
+    rows = [f"{json.dumps(n)}: {json.dumps(entry, separators=(',', ':'))}" for n, entry in listed.items()]
+    return json.dumps(record, indent=2)[:-2] + ',\n  "tensors": {\n' + ",\n".join(rows) + "\n  }\n}\n"
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong with the files of `folder` becomes a UserError of one line that names it."""
     missing = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / f).is_file()]
     if missing:
         raise UserError(f"no adapter at {folder}: {' and '.join(missing)} missing")
     try:
-        return read_weights(folder / WEIGHTS_FILE, read_config(folder / CONFIG_FILE), device)
+        yield
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
+    except SafetensorError as error:
+        raise UserError(
+            f"{folder} is not a readable adapter: {WEIGHTS_FILE} is damaged or cut short ({str(error)[:200]})"
+        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
         raise UserError(f"{folder} is not a readable adapter: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def read_folder(folder: Path, device: str) -> Contents:
+    """Read both files; UserError (one line that names the folder) for anything missing, damaged or hostile."""
+    with readable(folder):
+        return read_weights(folder / WEIGHTS_FILE, read_config(folder / CONFIG_FILE), device)
 
 
 def _drawn_again(config: AdapterConfig, name: str, delta: SparseDelta) -> bool:
@@ -173,24 +189,28 @@ def read_delta(file: Any, present: set[str], name: str, entry: Mapping[str, Any]
     return _stored(file, present, name, entry, config).decoded()
 
 
-def read_weights(path: Path, record: Mapping[str, Any], device: str) -> Contents:
-    """Everything in the weights file that the config `record` lists; nothing else may be in it but `dense.` tensors.
+def read_frame(
+    file: Any, record: Mapping[str, Any]
+) -> tuple[AdapterConfig, dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Of an open weights file: the config, the dense tensors as they are, and name -> entry of each sparse tensor.
 
-    The deltas come back checked, the dense tensors as they are.
+    UserError when the file holds what the config `record` does not list, but for `dense.` tensors.
     """
     known = {f.name for f in fields(AdapterConfig)}
     config = AdapterConfig(**{k: v for k, v in record.items() if k in known})
-    dense = {}
-    expected: set[str] = set()
+    listed: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in record["tensors"].items()}
+    rest = sorted(set(file.keys()) - {f"{name}.{part}" for name in listed for part in ("values", "gaps")})
+    strangers = [key for key in rest if not key.startswith("dense.")]
+    if strangers:
+        raise UserError(f"{WEIGHTS_FILE} holds {strangers[0]!r}, which {CONFIG_FILE} does not list")
+    return config, {key.removeprefix("dense."): file.get_tensor(key) for key in rest}, listed
+
+
+def read_weights(path: Path, record: Mapping[str, Any], device: str) -> Contents:
+    """Everything in the weights file that the config `record` lists. The deltas come back checked, dense tensors as they are."""
     with safe_open(str(path), framework="pt", device=device) as file:
+        config, dense, listed = read_frame(file, record)
         present = set(file.keys())
-        listed = record["tensors"]
         stored = [_stored(file, present, name, entry, config) for name, entry in listed.items()]
         deltas = dict(zip(listed, each(_Stored.decoded, stored), strict=True))
-        for name in listed:
-            expected.update((f"{name}.values", f"{name}.gaps"))
-        for key in sorted(present - expected):
-            if not key.startswith("dense."):
-                raise UserError(f"{path.name} holds {key!r}, which {CONFIG_FILE} does not list")
-            dense[key.removeprefix("dense.")] = file.get_tensor(key)
-    return deltas, dense, config, {n: dict(entry) for n, entry in listed.items()}
+    return deltas, dense, config, listed

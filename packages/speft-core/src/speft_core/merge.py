@@ -223,7 +223,7 @@ def merge(
     UserError for adapters of different bases.
     """
     recipe = make_recipe(len(adapters), method, weights, density, seed, dtype)
-    names = _names(adapters, names)
+    names = source_names(len(adapters), names)
     if check_base:
         check_same_base(adapters, names)
     deltas, prints, rows = {}, {}, []
@@ -236,11 +236,12 @@ def merge(
     return SparseAdapter(deltas, dense, config, {n: p for n, p in prints.items() if p}).check()
 
 
-def _names(adapters: Sequence[Source], names: Sequence[str] | None) -> list[str]:
+def source_names(count: int, names: Sequence[str] | None) -> list[str]:
+    """What the provenance calls the sources: `names`, one for each, or their numbers."""
     if names is None:
-        return [f"adapter {i + 1}" for i in range(len(adapters))]
-    if len(names) != len(adapters):
-        raise UserError(f"names must be one for each adapter ({len(adapters)}), got {len(names)}")
+        return [f"adapter {i + 1}" for i in range(count)]
+    if len(names) != count:
+        raise UserError(f"names must be one for each adapter ({count}), got {len(names)}")
     return list(names)
 
 

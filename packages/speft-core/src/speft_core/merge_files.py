@@ -6,21 +6,20 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from . import gaps
 from .adapter import SparseAdapter
-from .adapter_files import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, AdapterConfig, read_config, read_delta
+from .adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, config_text, read_config, read_delta, read_frame, readable
 from .delta import SparseDelta
 from .errors import UserError
 from .files import atomic_folder, atomic_write
-from .merge import check_same_base, make_recipe, merged_config, merged_deltas, merged_dense, merged_print
+from .merge import check_same_base, make_recipe, merged_config, merged_deltas, merged_dense, merged_print, source_names
 from .merge_report import Row
 
 SAFETENSORS_NAMES = {
@@ -30,17 +29,6 @@ SAFETENSORS_NAMES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
 }
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Errors of reading as one line that names the folder."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-        raise UserError(f"{folder} is not a readable adapter: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 class _Lazy(Mapping[str, SparseDelta]):
@@ -56,8 +44,8 @@ class _Lazy(Mapping[str, SparseDelta]):
             raise KeyError(name)  # what Mapping.get expects; below, a KeyError means a damaged file
         if self._last is None or self._last[0] != name:
             self._last = None  # let the old one go first
-            with _readable(self._folder):
-                delta = read_delta(self._file, self._present, name, self._listed[name], self._config).check(name)
+            with readable(self._folder):
+                delta = read_delta(self._file, self._present, name, self._listed[name], self._config)
             self._last = (name, delta)
         return self._last[1]
 
@@ -79,23 +67,10 @@ class AdapterFile:
 
     def __init__(self, folder: str | Path, stack: ExitStack) -> None:
         folder = Path(folder)
-        missing = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / f).is_file()]
-        if missing:
-            raise UserError(f"no adapter at {folder}: {' and '.join(missing)} missing")
-        with _readable(folder):
+        with readable(folder):
             file = stack.enter_context(safe_open(str(folder / WEIGHTS_FILE), framework="pt"))
-            record = read_config(folder / CONFIG_FILE)
-            known = {f.name for f in fields(AdapterConfig)}
-            self.config = AdapterConfig(**{k: v for k, v in record.items() if k in known})
-            listed: dict[str, Any] = record["tensors"]
-            expected = {f"{n}.{part}" for n in listed for part in ("values", "gaps")}
-            rest = sorted(set(file.keys()) - expected)
-            strangers = [k for k in rest if not k.startswith("dense.")]
-            if strangers:
-                raise UserError(f"{WEIGHTS_FILE} holds {strangers[0]!r}, which {CONFIG_FILE} does not list")
-            self.deltas = _Lazy(folder, file, listed, self.config)
-            self.dense = {k.removeprefix("dense."): file.get_tensor(k) for k in rest}
-            self.fingerprint: dict[str, dict[str, Any]] = {n: dict(entry) for n, entry in listed.items()}
+            self.config, self.dense, self.fingerprint = read_frame(file, read_config(folder / CONFIG_FILE))
+            self.deltas = _Lazy(folder, file, self.fingerprint, self.config)
             SparseAdapter({}, self.dense).check()
 
 
@@ -145,9 +120,7 @@ def merge_folders(
     `replace`: whether an existing `out` gives way.
     """
     recipe = make_recipe(len(folders), method, weights, density, seed, dtype)
-    names = list(names) if names is not None else [Path(f).name for f in folders]
-    if len(names) != len(folders):
-        raise UserError(f"names must be one for each adapter ({len(folders)}), got {len(names)}")
+    names = source_names(len(folders), [Path(f).name for f in folders] if names is None else names)
     rows: list[Row] = []
     listed: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -172,7 +145,5 @@ def merge_folders(
             writer.add(f"dense.{name}", tensor)
         writer.finish(folder / WEIGHTS_FILE)
         config = merged_config(sources, recipe, names, rows, apart)
-        nnz = sum(r.merged for r in rows)
-        record = {"format": "speft", "format_version": FORMAT_VERSION, **asdict(config), "nnz": nnz, "tensors": listed}
-        atomic_write(folder / CONFIG_FILE, json.dumps(record, indent=1) + "\n")
+        atomic_write(folder / CONFIG_FILE, config_text(config, sum(r.merged for r in rows), listed))
     return rows
