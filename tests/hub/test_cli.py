@@ -134,7 +134,7 @@ def test_multi_head_of_real_models_from_two_repositories(cli: Any, tmp_path: Pat
         (["pull", "nonsense"], "a repository is written"),
         (["inspect", "nowhere/at/all"], "no adapter at"),
         (["verify", "{a}", "--base", "nowhere"], "--base must be a folder"),
-        (["merge", "{a}", "--out", "{a}"], "exists already"),
+        (["merge", "{a}", "--out", "{a}"], "holds another adapter"),
         (["merge", "{a}", "--out", "{t}/x", "--method", "tie"], "Did you mean 'ties'"),
         (["merge", "{a}", "--out", "{t}/x", "--method", "weighted", "--weights", "a,b"], "--weights must be numbers"),
         (["merge", "{a}", "--out", "{t}/x", "--dtype", "int8"], "dtype must be"),

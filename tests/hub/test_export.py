@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -77,6 +79,41 @@ def test_causal_models(tmp_path: Path, kind: str, tied: bool, dtype: torch.dtype
         assert (tmp_path / "out" / base.name).stat().st_size == base.stat().st_size
     assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text() + (tmp_path / "out" / "config.json").read_text()
+
+
+WITHOUT_SPEFT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("speft"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+saved = load_file(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    assert torch.equal(model(saved["ids"]).logits, saved["logits"])
+assert not [name for name in sys.modules if name.startswith("speft")]
+print("the same bits")
+"""
+
+
+def test_another_process_without_speft_gets_the_same_bits(tmp_path: Path) -> None:
+    """The cheap half of a check made once in a fresh environment, with SmolLM2-135M and lm-eval (docs/hub.md)."""
+    pico.llama(tied=True).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    adapter = adapter_for(model, str(tmp_path / "base"))
+    adapter.save(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out")
+    ids = pico.batch(model)["input_ids"]
+    with adapter.applied(model), torch.no_grad():
+        save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.safetensors")
+    words = [sys.executable, "-c", WITHOUT_SPEFT, str(tmp_path / "out"), str(tmp_path / "expected.safetensors")]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout == "the same bits\n", run.stderr[-2000:]
 
 
 def test_a_checkpoint_that_stores_both_of_a_tied_pair(tmp_path: Path) -> None:
@@ -181,7 +218,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         (tmp_path / "other", "out", "another base"),
         (tmp_path / "opt", "out", "no tensor|another base"),
         (tmp_path / "empty", "out", "no .safetensors"),
-        (None, "thesis", "exists already"),
+        (None, "thesis", "no checkpoint and is never replaced"),
         ("bundled:nothing", "out", "bundled"),
         ("nokind:x", "out", "no installed package"),
     ):

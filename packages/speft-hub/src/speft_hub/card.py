@@ -13,6 +13,7 @@ import yaml
 from speft_core import SparseAdapter, UserError
 
 from . import licences, names
+from .addresses import public_base
 from .evaluation import Evaluation, eval_results_yaml, model_index, read_results
 from .picture import density_svg, density_table
 
@@ -97,8 +98,6 @@ def fenced(text: str, language: str) -> str:
 
 def _base(adapter: SparseAdapter, given: CardFields) -> tuple[str | None, str | None]:
     """The base as an id on the Hub if there is one, and as a person may read it."""
-    from .pushing import public_base
-
     told = given.base_model or public_base(adapter.config.base_model_name_or_path)
     original = given.base_model or adapter.config.base_model_name_or_path
     on_hub = told if told and told == original and licences.HUB_ID.fullmatch(told) and "/" in told else None

@@ -4,72 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from speft_core.merge_report import totals
 
-from .cli_options import (
-    BaseModel,
-    Density,
-    Dtype,
-    Force,
-    Json,
-    Method,
-    NoBase,
-    Out,
-    Seed,
-    Source,
-    Sources,
-    Text,
-    Texts,
-    Weights,
-    app,
-)
+from .addresses import is_reference
+from .cli_options import BaseModel, Force, Json, NoBase, Out, Source, Sources, Text, Texts, app, merge_options, shares
 from .combining import merge_adapters, multihead
 from .console import progress_bar, show, table
-from .registry import is_reference
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    from speft_core import UserError
-
-    try:
-        return [float(part) for part in text.split(",")] if text else None
-    except ValueError:
-        raise UserError(f"--weights must be numbers with commas between, such as 1,0.5; got {text!r}") from None
+from .names import check_place
 
 
 @app.command()
-def merge(
-    sources: Sources,
-    out: Out,
-    method: Method = "sum",
-    weights: Weights = None,
-    density: Density = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    no_base_check: NoBase = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+@shares(merge_options, into="how")
+def merge(sources: Sources, out: Out, how: Any = None, json: Json = False) -> None:
     """Merge adapters of one base into one; a tensor at a time."""
     with progress_bar(json) as progress:
-        rows = merge_adapters(
-            sources,
-            out,
-            method=method,
-            weights=_numbers(weights),
-            density=density,
-            seed=seed,
-            dtype=dtype,
-            check_base=not no_base_check,
-            force=force,
-            progress=progress,
-        )
+        rows = merge_adapters(sources, out, progress=progress, **how)
     figures = totals(rows)
-    record = {"out": str(out), "method": method, "figures": figures, "tensors": [asdict(r) for r in rows]}
+    record = {"out": str(out), "method": how["method"], "figures": figures, "tensors": [asdict(r) for r in rows]}
 
     def text() -> None:
         print(out)
@@ -97,34 +52,17 @@ def merge(
 
 
 @app.command(name="multihead")
+@shares(merge_options, into="how")
 def multihead_(
     sources: Sources,
     out: Out,
     task: Annotated[Texts, typer.Option(help="Name of a head, once for each adapter.")] = None,
-    method: Method = "sum",
-    weights: Weights = None,
-    density: Density = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    no_base_check: NoBase = False,
-    force: Force = False,
+    how: Any = None,
     json: Json = False,
 ) -> None:
     """Merge the bodies and keep every head: one forward answers all tasks (speft_core.MultiHeadModel.load)."""
     with progress_bar(json) as progress:
-        kinds = multihead(
-            sources,
-            out,
-            task,
-            method=method,
-            weights=_numbers(weights),
-            density=density,
-            seed=seed,
-            dtype=dtype,
-            check_base=not no_base_check,
-            force=force,
-            progress=progress,
-        )
+        kinds = multihead(sources, out, task, progress=progress, **how)
     show(
         {"out": str(out), "heads": kinds}, json, lambda: print("\n".join([str(out), *(f"{t}: {k}" for t, k in kinds.items())]))
     )
@@ -195,13 +133,12 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert adapters of others, to and from; or the difference of two checkpoints."""
-    from .combining import check_out
     from .convert import convert as run_convert
     from .diff import adapter_between
     from .sources import base_folder
 
     if against is not None:
-        check_out(out, force)
+        check_place(out, force)
         adapter_between(base_folder(against) or against, source, top_k, base_model).save(out)
         kind = "checkpoint"
     else:

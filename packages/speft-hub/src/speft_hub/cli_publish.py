@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from .cli_options import (
-    BaseModel,
-    Datasets,
-    Force,
-    Json,
-    Language,
-    License,
-    LicenseLink,
-    LicenseName,
-    Pipeline,
-    Results,
-    Source,
-    Tags,
-    Text,
-    app,
-    card_fields,
-)
+from .addresses import parse
+from .cli_options import Force, Json, Source, Text, app, card_fields, shares
 from .combining import write_card
 from .console import progress_bar, show, table
-from .registry import parse
 
 
 @app.command()
+@shares(card_fields, into="fields")
 def push(
     folder: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     repo: Annotated[str, typer.Argument(help="owner/name, or file:///path/owner/name.")],
@@ -40,31 +25,12 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     message: Annotated[Text, typer.Option("--message", "-m", help="Title of the commit.")] = None,
     keep: Annotated[str, typer.Option(help="Whose edits of README.md to keep when both were edited: local or hub.")] = "auto",
-    license: License = None,
-    license_name: LicenseName = None,
-    license_link: LicenseLink = None,
-    language: Language = None,
-    pipeline_tag: Pipeline = None,
-    dataset: Datasets = None,
-    card_tag: Tags = None,
-    base_model: BaseModel = None,
-    results: Results = None,
+    fields: Any = None,
     json: Json = False,
 ) -> None:
     """Publish an adapter: checked first, only its own files, one commit."""
     from .pushing import push as publish
 
-    fields = card_fields(
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        language=language,
-        pipeline_tag=pipeline_tag,
-        datasets=dataset,
-        tags=card_tag,
-        base_model=base_model,
-        results=results,
-    )
     done = publish(
         folder, repo, branch=branch, parent=parent, private=private, tag=tag, message=message, fields=fields, card=keep
     )
@@ -194,32 +160,14 @@ def history(repo: Annotated[str, typer.Argument(help="owner/name[@revision] or f
 
 
 @app.command()
+@shares(card_fields, into="fields")
 def card(
     folder: Annotated[Path, typer.Argument(help="The adapter's folder; README.md is written there.")],
     repo: Annotated[Text, typer.Option(help="Where it will be published; used in the loading instructions.")] = None,
-    license: License = None,
-    license_name: LicenseName = None,
-    license_link: LicenseLink = None,
-    language: Language = None,
-    pipeline_tag: Pipeline = None,
-    dataset: Datasets = None,
-    card_tag: Tags = None,
-    base_model: BaseModel = None,
-    results: Results = None,
+    fields: Any = None,
     json: Json = False,
 ) -> None:
     """Write or renew an adapter's card; what a person wrote in it stays."""
-    fields = card_fields(
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        language=language,
-        pipeline_tag=pipeline_tag,
-        datasets=dataset,
-        tags=card_tag,
-        base_model=base_model,
-        results=results,
-    )
     address = str(parse(repo)).partition("@")[0] if repo else f"OWNER/{folder.resolve().name}"
     path = write_card(folder, address, fields)
     show({"card": str(path)}, json, lambda: print(path))

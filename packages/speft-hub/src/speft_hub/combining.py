@@ -19,10 +19,10 @@ from speft_core.merge_report import Row
 from speft_core.multihead import save_heads
 
 from . import names
+from .addresses import is_reference, parse
 from .card import CardFields, render
 from .card_merge import merge_cards
 from .pulling import Progress, check_folder
-from .registry import is_reference, parse
 from .sources import adapter_folders
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,19 +44,6 @@ def pinned(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return addresses, called
 
 
-def check_out(out: str | Path, force: bool) -> Path:
-    """The folder to write; UserError when it exists and is not to be replaced, or is no adapter."""
-    out = Path(out)
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} exists and is no folder")
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise UserError(f"{out} exists already; name a new folder, or pass --force to replace it")
-        if not (out / names.CONFIG).is_file():
-            raise UserError(f"{out} is no adapter, it is not replaced even with --force; remove it yourself")
-    return out
-
-
 def merge_adapters(
     sources: Sequence[str],
     out: str | Path,
@@ -67,7 +54,7 @@ def merge_adapters(
     **options: Any,
 ) -> list[Row]:
     """Merge folders and repositories into the new folder `out`; options as of `speft_core.merge`. Returns the figures."""
-    out = check_out(out, force)
+    out = names.check_place(out, force)
     kind = _dtype(dtype)
     addresses, called = pinned(sources)
     with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
@@ -97,7 +84,7 @@ def multihead(
 
     tasks: what the heads are called, one for each source; by default the last parts of the sources' names.
     """
-    out = check_out(out, force)
+    out = names.check_place(out, force)
     kind = _dtype(dtype)
     addresses, called = pinned(sources)
     tasks = list(tasks) if tasks else [re.sub(r"[^A-Za-z0-9_-]", "_", c.partition("@")[0].rsplit("/", 1)[-1]) for c in called]

@@ -65,7 +65,7 @@ def progress_bar(quiet: bool) -> Iterator[Report | None]:
 def run(app: Callable[..., Any], arguments: list[str] | None = None) -> int:
     """Run a Typer app and turn what users can cause into one line and an exit code; bugs keep their tracebacks."""
     try:
-        result = app(args=arguments, standalone_mode=False)
+        result = app(args=arguments, standalone_mode=False, prog_name="speft-hub")
         if result == INTERRUPTED:  # Typer has turned Ctrl-C into this
             print("interrupted", file=sys.stderr)
         return result if isinstance(result, int) else 0
@@ -75,7 +75,8 @@ def run(app: Callable[..., Any], arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except UsageError as error:
-        error.show()
+        where = f"; {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
+        print(f"error: {error.format_message().rstrip('.')}{where}", file=sys.stderr)
         return int(error.exit_code)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

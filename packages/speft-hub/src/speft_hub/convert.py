@@ -19,6 +19,7 @@ from speft_core.fingerprint import fingerprint
 from speft_core.gaps import index_dtype
 
 from .checkpoint import Checkpoint
+from .names import check_place
 from .unpickle import read_pickle
 
 PEFT_PREFIX = "base_model.model."
@@ -211,8 +212,7 @@ def convert(source: str | Path, out: str | Path, to: str = "speft", base: str | 
         raise UserError(f"--to must be speft or shira, got {to!r}")
     if kind == to:
         raise UserError(f"{source} is a {to} adapter already")
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; name a new folder, or pass --force")
+    check_place(out, force)
     if kind == "speft":
         to_shira(SparseAdapter.load(source), out)
         return kind

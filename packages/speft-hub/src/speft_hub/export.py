@@ -21,10 +21,11 @@ from speft_core.files import atomic_folder
 from speft_core.fingerprint import check_fingerprint
 from speft_core.writing import add_values, gather, scatter
 
+from .addresses import public_base
 from .card import CardFields, plain
 from .checkpoint import Checkpoint, write_index
+from .names import check_place
 from .pulling import Progress, _fetch, check_folder
-from .pushing import public_base
 from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
 
 HEADS_FILE = "model-heads.safetensors"
@@ -55,10 +56,7 @@ def export(
             raise UserError(f"{folder} has no head {head!r}; it has {', '.join(heads)}")
         loaded = SparseAdapter(loaded.deltas, dict(heads[head]), loaded.config, loaded.fingerprint)
     chosen = base_name(loaded.config.base_model_name_or_path, base, folder)
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or (any(out.iterdir()) and not force))):
-        raise UserError(f"{out} exists already; name a new folder, or pass --force to replace it")
-    if out.exists() and force and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise UserError(f"{out} is no checkpoint, it is not replaced even with --force; remove it yourself")
+    check_place(out, force, "checkpoint", "config.json")
     with atomic_folder(out) as beside:
         _copy_base(chosen, None if base else loaded.config.base_model_revision, beside, progress)
         checkpoint = Checkpoint(beside)

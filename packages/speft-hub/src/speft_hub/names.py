@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from speft_core import UserError
 
@@ -54,3 +55,19 @@ def check_size(name: str, size: int, where: str) -> None:
     limit = size_limit(name)
     if limit is not None and not 0 <= size <= limit:
         raise UserError(f"{where}: {name} may have at most {limit} bytes, got {size}")
+
+
+def check_place(place: str | Path, force: bool, kind: str = "adapter", marker: str = CONFIG) -> Path:
+    """The folder to write; UserError when it is a link or a file, holds something else, or holds a `kind` and is not to be replaced.
+
+    What has no file `marker` is no `kind`, and is never replaced.
+    """
+    place = Path(place)
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise UserError(f"{place} is {'a link' if place.is_symlink() else 'a file'}; name a new folder")
+    if place.exists() and any(place.iterdir()):
+        if not (place / marker).is_file():
+            raise UserError(f"{place} holds something that is no {kind} and is never replaced; name a new folder, or remove it")
+        if not force:
+            raise UserError(f"{place} holds another {kind}; pass --force to replace it, or name a new folder")
+    return place

@@ -18,7 +18,8 @@ from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
 
 from . import names
-from .registry import Digests, Dropped, Entry, Reference, parse, same
+from .addresses import Reference, parse
+from .registry import Digests, Dropped, Entry, same
 from .registry import digest as digest_of
 
 RETRIES = 5
@@ -86,7 +87,7 @@ def pull(
         if _is_there(target, wanted):
             check_folder(target)
             return Pulled(target, registry.address(repo), sha, sizes, fetched=False)
-        _check_target(target, force)
+        names.check_place(target, force)
         free = shutil.disk_usage(target.parent).free
         if sum(sizes.values()) > free:
             raise UserError(f"{target}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
@@ -138,21 +139,6 @@ def _is_there(target: Path, wanted: Mapping[str, Entry]) -> bool:
     if set(present) != set(wanted) or any(p.is_symlink() for p in target.rglob("*")):
         return False
     return all(same(digest_of(present[name]), entry) for name, entry in wanted.items())
-
-
-def _check_target(target: Path, force: bool) -> None:
-    if target.is_symlink():
-        raise UserError(f"{target} is a link; pull into a real folder")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UserError(f"{target} exists and is no folder")
-    if not any(target.iterdir()):
-        return
-    if not force:
-        raise UserError(f"{target} exists and is something else; pass --force to replace it, or name another folder")
-    if not (target / names.CONFIG).is_file():
-        raise UserError(f"{target} is no adapter, it is not replaced even with --force; remove it yourself")
 
 
 def fetch_small(at: Reference, name: str, entry: Entry) -> bytes:

@@ -12,10 +12,11 @@ from pathlib import Path
 from speft_core import SparseAdapter, UserError
 
 from . import names
+from .addresses import Reference, parse, public_base
 from .card import CardFields, render
 from .card_merge import merge_cards
 from .pulling import check_folder, fetch_small
-from .registry import Content, Entry, NotFound, Reference, Registry, digest, parse, same
+from .registry import Content, Entry, NotFound, Registry, digest, same
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
 TEXT_LIMIT = 4 << 20
@@ -77,14 +78,6 @@ def _public_config(folder: Path, base_model: str | None) -> bytes:
         return text
     old, new = json.dumps(told), json.dumps(public)
     return text.replace(f'"base_model_name_or_path": {old}'.encode(), f'"base_model_name_or_path": {new}'.encode(), 1)
-
-
-def public_base(told: str | None) -> str | None:
-    """The base model's name as others may see it: a path of this machine is cut to its last part."""
-    if not told:
-        return None
-    is_path = told.startswith(("/", ".", "~")) or "\\" in told or told.count("/") > 1
-    return Path(told.rstrip("/\\").replace("\\", "/")).name if is_path else told
 
 
 def push(

@@ -1,4 +1,4 @@
-"""What a place that keeps adapters must be able to do, and how its addresses are written.
+"""What a place that keeps adapters must be able to do; how its addresses are written is in addresses.py.
 
 Two implementations: `hub.HubRegistry` (the Hugging Face Hub or a compatible endpoint) and `folder.FolderRegistry`
 (`file:///srv/adapters/alice/sst2`). Everything else in this package speaks to either through `Registry`.
@@ -12,14 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from speft_core import UserError
 
 CHUNK = 1 << 20
 SHA = re.compile(r"[0-9a-f]{40}")
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
-REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}")
 
 
 class StaleParent(UserError):
@@ -112,45 +109,6 @@ class Registry(Protocol):
 
     def search(self, owner: str | None) -> list[Listed]:
         """The adapters that the caller may see, of one owner or of all."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A repository in a registry, at a revision."""
-
-    registry: Registry
-    repo: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.registry.address(self.repo) + (f"@{self.revision}" if self.revision else "")
-
-
-def is_reference(text: str) -> bool:
-    """Whether `text` names a repository rather than a folder of this machine."""
-    return text.startswith("file:") or (not Path(text).exists() and REPO_ID.fullmatch(text.partition("@")[0]) is not None)
-
-
-def parse(text: str) -> Reference:
-    """Read `owner/name[@revision]` (the Hub) or `file:///folder/owner/name[@revision]` (a folder registry).
-
-    A literal `@` or other odd character in a folder's path is written percent-encoded.
-    """
-    address, at, revision = text.partition("@")
-    if at and not REVISION.fullmatch(revision):
-        raise UserError(f"a revision is a branch, a tag or a commit, got {revision!r} in {text!r}")
-    if address.startswith("file:"):
-        from .folder import FolderRegistry
-
-        parts = urlsplit(address)
-        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise UserError(f"a folder registry is written file:///absolute/path, got {text!r}")
-        return Reference(FolderRegistry(), unquote(parts.path).rstrip("/"), revision or None)
-    if not REPO_ID.fullmatch(address) or ".." in address:
-        raise UserError(f"a repository is written owner/name[@revision] or file:///path/owner/name[@revision], got {text!r}")
-    from .hub import HubRegistry
-
-    return Reference(HubRegistry(), address, revision or None)
 
 
 class Digests:

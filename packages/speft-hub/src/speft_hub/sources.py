@@ -12,8 +12,9 @@ from pathlib import Path
 from speft_core import UserError
 
 from . import names
+from .addresses import Reference, is_reference, parse
 from .pulling import Progress, pull
-from .registry import Entry, NotFound, Reference, is_reference, parse
+from .registry import Entry, NotFound
 
 # The files of a plain Transformers checkpoint that an export takes along. No pickles, no code.
 CHECKPOINT_FILES = re.compile(

@@ -1,0 +1,65 @@
+"""How the place of an adapter is written: owner/name on the Hub, file:///path/owner/name in a folder, @revision behind either."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from speft_core import UserError
+
+from .folder import FolderRegistry
+from .registry import Registry
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}")
+
+
+def _hub() -> Registry:
+    from .hub import HubRegistry  # its client takes a while to import
+
+    return HubRegistry()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A repository in a registry, at a revision."""
+
+    registry: Registry
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.registry.address(self.repo) + (f"@{self.revision}" if self.revision else "")
+
+
+def is_reference(text: str) -> bool:
+    """Whether `text` names a repository rather than a folder of this machine."""
+    return text.startswith("file:") or (not Path(text).exists() and REPO_ID.fullmatch(text.partition("@")[0]) is not None)
+
+
+def parse(text: str) -> Reference:
+    """Read `owner/name[@revision]` (the Hub) or `file:///folder/owner/name[@revision]` (a folder registry).
+
+    A literal `@` or other odd character in a folder's path is written percent-encoded.
+    """
+    address, at, revision = text.partition("@")
+    if at and not REVISION.fullmatch(revision):
+        raise UserError(f"a revision is a branch, a tag or a commit, got {revision!r} in {text!r}")
+    if address.startswith("file:"):
+        parts = urlsplit(address)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise UserError(f"a folder registry is written file:///absolute/path, got {text!r}")
+        return Reference(FolderRegistry(), unquote(parts.path).rstrip("/"), revision or None)
+    if not REPO_ID.fullmatch(address) or ".." in address:
+        raise UserError(f"a repository is written owner/name[@revision] or file:///path/owner/name[@revision], got {text!r}")
+    return Reference(_hub(), address, revision or None)
+
+
+def public_base(told: str | None) -> str | None:
+    """The base model's name as others may see it: a path of this machine is cut to its last part."""
+    if not told:
+        return None
+    is_path = told.startswith(("/", ".", "~")) or "\\" in told or told.count("/") > 1
+    return Path(told.rstrip("/\\").replace("\\", "/")).name if is_path else told
