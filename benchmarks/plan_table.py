@@ -44,7 +44,7 @@ def config_of(shape: tuple[int, int, int, int, int, int, bool], folder: Path) ->
             "output_dir": "run",
             "model": {"name": str(folder), "dtype": "bfloat16"},
             "data": {"train": "bundled:word-problems", "max_length": LENGTH},
-            "adapter": {"budget": {"density": 0.005, "of": "targets"}, "targets": "all-linear"},
+            "adapter": {"calibration_batch_size": 1, "budget": {"density": 0.005, "of": "targets"}, "targets": "all-linear"},
             "train": {"activation_checkpointing": True},
         }
     )
@@ -57,7 +57,7 @@ def rows() -> list[str]:
     setting = Setting(gpus=GPUS, length=LENGTH)
     heads = [f"{method}, stage {stage}" for method in METHODS for stage in STAGES]
     found = [
-        "| model | weights GB | k million | adapter MB | " + " | ".join(heads) + " | mask, stage 2 |",
+        "| model | weights GB | k million | adapter MB | " + " | ".join(heads) + " | mask |",
         "|---|" + "---:|" * (len(heads) + 4),
     ]
     for name, shape in SHAPES.items():
@@ -68,7 +68,7 @@ def rows() -> list[str]:
             sparse = planners["sparse"]
             start = f"| {name} | {sparse.weights / GB:.1f} | {sparse.k / 1e6:.1f} | {sparse.adapter_bytes() / 1e6:,.0f} | "
             cells = " | ".join(f"{p:,.1f}" for p in peaks)
-            found.append(start + cells + f" | {sparse.mask_peak(2, Setting(gpus=GPUS, length=LENGTH)) / GB:,.1f} |")
+            found.append(start + cells + f" | {sparse.mask_peak() / GB:,.1f} |")
         print(found[-1], flush=True)
     return found
 

@@ -121,6 +121,43 @@ def eval_command(
     raise typer.Exit(guarded(lambda: lm.evaluate(paths, settings)))
 
 
+@app.command("plan")
+def plan_command(
+    config: ConfigArg,
+    overrides: OverridesArg = None,
+    gpus: Annotated[int, typer.Option(help="GPUs in all")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of each GPU")] = 80.0,
+    length: Annotated[int | None, typer.Option(help="tokens of an example; default: data.max_length", min=2)] = None,
+) -> None:
+    """Bytes on each GPU for every ZeRO stage, what fits and the largest micro-batch: sparse, LoRA and full side by side."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from . import planning
+        from .config import load_config
+
+        planning.show(load_config(config, overrides or []), gpus, gpu_memory * 1e9, length, Console())
+
+    _quiet()
+    raise typer.Exit(guarded(work))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Check this machine: versions, compiler, GPUs, memory, disk; and what to do where a run would fail."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from . import doctor
+
+        doctor.show(Console())
+
+    _quiet()
+    raise typer.Exit(guarded(work))
+
+
 def main() -> None:
     """The `speft-train` command."""
     app()

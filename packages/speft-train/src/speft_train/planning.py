@@ -71,23 +71,24 @@ class Planner:
         rank = methods_peft.lora_rank(model, self.cfg.adapter) if method == "lora" else 0
         self.what = simulate.Trained(density=self.k / self.pool, rank=rank)
         self.layers = int(getattr(model.config, "num_hidden_layers", 0))
-        self._steps: dict[int, simulate.Step] = {}
+        self._steps: dict[tuple[int, bool], simulate.Step] = {}
 
-    def _simulated(self, rows: int) -> simulate.Step:
+    def _simulated(self, rows: int, scores: bool) -> simulate.Step:
         """The step of a small micro-batch; of a deep model by the straight line through 4 and 8 layers, which are alike."""
+        what = replace(self.what, scores=scores)
         if self.layers <= DEEP:
-            return simulate.step(self.cfg, self.what, rows, self.length)
-        few, more = (simulate.step(self.cfg, self.what, rows, self.length, layers) for layers in (4, 8))
+            return simulate.step(self.cfg, what, rows, self.length)
+        few, more = (simulate.step(self.cfg, what, rows, self.length, layers) for layers in (4, 8))
         made = _line(few, more, (self.layers - 4) / 4)
         return replace(made, with_gradients=made.peak + made.gradients) if self.method == "full" else made
 
-    def step(self, rows: int) -> simulate.Step:
-        """The simulated step of a micro-batch; from 3 on by the straight line through 1 and 2 (memory grows by the example)."""
+    def step(self, rows: int, scores: bool = False) -> simulate.Step:
+        """The simulated step of a micro-batch (or of the saliency pass); from 3 on by the line through 1 and 2."""
         if rows <= 2:
-            if rows not in self._steps:
-                self._steps[rows] = self._simulated(rows)
-            return self._steps[rows]
-        return _line(self.step(1), self.step(2), rows - 1)
+            if (rows, scores) not in self._steps:
+                self._steps[rows, scores] = self._simulated(rows, scores)
+            return self._steps[rows, scores]
+        return _line(self.step(1, scores), self.step(2, scores), rows - 1)
 
     def rows(self, stage: int, setting: Setting, micro: int) -> dict[str, int]:
         """What -> bytes on each GPU while training, in the order of ROWS; their sum is the peak."""
@@ -121,12 +122,11 @@ class Planner:
         """Bytes of the saliency pass's accumulators, before training."""
         return 4 * self.pool if self.scores else 0
 
-    def mask_peak(self, stage: int, setting: Setting) -> int:
-        """Bytes while the mask is found: weights, accumulators, and a step of the calibration batch; 0 without a pass."""
+    def mask_peak(self) -> int:
+        """Bytes while the mask is found, whole weights at every stage: accumulators, and a step of the calibration batch; or 0."""
         if not self.scores:
             return 0
-        rows = self.rows(stage, setting, self.cfg.adapter.calibration_batch_size)
-        return self.accumulators() + sum(rows[w] for w in ("weights", "gathered weights", "kept activations", "workspace"))
+        return self.weights + self.accumulators() + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
 
     def largest(self, stage: int, setting: Setting) -> int:
         """The largest micro-batch that fits; 0 when none does."""
@@ -190,14 +190,15 @@ def show(cfg: RunConfig, gpus: int, memory: float, length: int | None, console: 
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for planner in side:
+        size = f"{planner.adapter_bytes() / 1e6:,.1f} MB"
+        console.print(f"{planner.method}: k = {planner.k:,}, saved adapter at most {size}", highlight=False, soft_wrap=True)
         console.print(_bytes_table(planner, setting))
     console.print(_summary(side, setting))
     console.print("Every position is taken to have a label; prompts without labels and padding need less.", highlight=False)
 
 
 def _bytes_table(planner: Planner, setting: Setting) -> Table:
-    name = f"{planner.method}: k = {planner.k:,}, saved adapter at most {planner.adapter_bytes() / 1e6:,.1f} MB"
-    table = Table(title=f"{name}; GB on each GPU", title_justify="left")
+    table = Table(title=f"{planner.method}, GB on each GPU", title_justify="left")
     table.add_column("ZeRO stage")
     columns = [planner.rows(stage, setting, setting.micro) for stage in ZERO_STAGES]
     for stage in ZERO_STAGES:
@@ -209,7 +210,7 @@ def _bytes_table(planner: Planner, setting: Setting) -> Table:
     table.add_row("while training", *(f"{sum(column.values()) / GB:.2f}" for column in columns))
     if planner.scores:
         table.add_row("saliency accumulators", *(f"{planner.accumulators() / GB:.3f}" for _ in columns))
-        table.add_row("while the mask is found", *(f"{planner.mask_peak(s, setting) / GB:.2f}" for s in ZERO_STAGES))
+        table.add_row("while the mask is found", *(f"{planner.mask_peak() / GB:.2f}" for _ in ZERO_STAGES))
     return table
 
 
@@ -224,7 +225,7 @@ def _summary(side: list[Planner], setting: Setting) -> Table:
 
 
 def _verdict(planner: Planner, stage: int, setting: Setting) -> str:
-    peak = max(planner.peak(stage, setting, setting.micro), planner.mask_peak(stage, setting))
+    peak = max(planner.peak(stage, setting, setting.micro), planner.mask_peak())
     largest = planner.largest(stage, setting)
     fits = peak <= setting.memory * (1 - setting.headroom)
     return f"{peak / GB:.1f}, {'fits' if fits else 'too large'}, {largest or 'none'}"

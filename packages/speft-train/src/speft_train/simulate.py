@@ -87,10 +87,14 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the method trains: a share of each target (sparse), matrices of a rank (LoRA)."""
+    """What the method trains: a share of each target (sparse), matrices of a rank (LoRA).
+
+    scores: the step is one of the saliency pass, which keeps the targets' inputs and checkpoints no activations.
+    """
 
     density: float = 0.0
     rank: int = 0
+    scores: bool = False
 
 
 def step(cfg: RunConfig, what: Trained, rows: int, length: int, layers: int | None = None) -> Step:
@@ -130,13 +134,13 @@ def _empty_model(cfg: RunConfig, layers: int | None) -> Any:
 def _adapt(model: Any, cfg: RunConfig, what: Trained) -> None:
     """What the method trains, as far as memory is concerned."""
     section = cfg.adapter
-    if cfg.train.get("activation_checkpointing"):
+    if cfg.train.get("activation_checkpointing") and not what.scores:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     model.requires_grad_(section.method == "full")
     if section.method in methods_peft.KINDS:
         _adapt_linears(model, section.lora.targets or section.targets, lambda module: _lora_forward(module, what.rank))
     elif section.method == "sparse":
-        _adapt_linears(model, section.targets, lambda module: _sparse_forward(module, what.density))
+        _adapt_linears(model, section.targets, lambda module: _sparse_forward(module, what))
 
 
 def _adapt_linears(model: Any, targets: Any, make: Callable[[nn.Linear], Forward]) -> None:
@@ -164,8 +168,8 @@ def _lora_forward(module: nn.Linear, rank: int) -> Forward:
     return forward
 
 
-def _sparse_forward(module: nn.Linear, density: float) -> Forward:
-    count = max(1, round(density * module.weight.numel()))
+def _sparse_forward(module: nn.Linear, what: Trained) -> Forward:
+    count = max(1, round(what.density * module.weight.numel()))
     values_K = nn.Parameter(torch.zeros(count))
     module.register_parameter("weight_values", values_K)
     empty = torch.empty(0, dtype=torch.int32)
@@ -174,7 +178,7 @@ def _sparse_forward(module: nn.Linear, density: float) -> Forward:
     plan = Plan("none", lambda _inputs, _grad, _layout: torch.empty(count), "no data")
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        recipe = None if hooks_forbid() else recipe_of(x)
+        recipe = None if what.scores or hooks_forbid() else recipe_of(x)
         made: torch.Tensor = SparseLinear.apply(x, module.weight, module.bias, values_K, plan, layout, recipe, None)
         return made
 
