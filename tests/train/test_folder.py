@@ -102,3 +102,16 @@ def test_damaged_records_are_told(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(UserError, match="remove it to run all stages again"):
         RunFolder(tmp_path).records()
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.claim(made())
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with pytest.raises(UserError, match="is in use by another run"):
+        second.claim(made())
+    first.claim(made())  # its own again
+    first.release()
+    second.claim(made())
+    second.release()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before

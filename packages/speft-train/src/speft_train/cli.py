@@ -225,10 +225,13 @@ def run_checked(cfg: Any, folder: Any, console: Any, only: str | None = None, en
     with handled() as request:
         ranks = engine.start(cfg.deepspeed)
         ranks.on_main(lambda: folder.claim(cfg))
-        this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
-        stages.run_stages(this, only)
-        if ranks.is_main:
-            (end or report.print_summary)(this)
+        try:
+            this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
+            stages.run_stages(this, only)
+            if ranks.is_main:
+                (end or report.print_summary)(this)
+        finally:
+            folder.release()
         ranks.barrier()
         engine.stop(ranks)  # not after a failure: it could wait for ranks that never come
 

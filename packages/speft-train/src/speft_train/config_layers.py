@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def read_layers(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(f"{path}: layers do not fit together: {_one_line(error)}") from None
+    outside = re.search(r"\$\{\s*(oc\.\w+)", OmegaConf.to_yaml(merged))
+    if outside:  # the configuration is published with the adapter
+        raise UserError(f"{path}: ${{{outside[1]}:...}} is refused, the environment stays out of a config; use ${{key}} or key=value")
     try:
         tree = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

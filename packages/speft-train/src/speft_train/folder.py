@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._held: int | None = None  # the open folder, locked, while a run is in it
 
     def check(self, cfg: RunConfig) -> None:
         """Refuse a folder that holds something else. Nothing is written."""
@@ -71,13 +73,43 @@ class RunFolder:
             raise UserError(f"output_dir {self.path} holds a run of another config ({shown}{more}){other}")
 
     def claim(self, cfg: RunConfig) -> None:
-        """Make the folder this run's."""
+        """Make the folder this run's until `release`, or until the process ends; UserError while another run is in it."""
         self.check(cfg)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._hold()
         text = to_yaml(cfg)
         file = self.path / CONFIG
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             atomic_write(file, text)
+
+    def _hold(self) -> None:
+        """Lock the folder itself, which leaves no file behind; where there is no such lock, do without."""
+        if self._held is not None:
+            return
+        try:
+            import fcntl
+
+            folder = os.open(self.path, os.O_RDONLY)
+        except (ImportError, OSError):
+            return
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise UserError(f"output_dir {self.path} is in use by another run; wait for it, or choose another") from None
+        except OSError:  # a shared disk without locks
+            os.close(folder)
+            return
+        self._held = folder
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def __del__(self) -> None:
+        self.release()
 
     def records(self) -> dict[str, Any]:
         """Stage name -> {"key": ..., "result": ...}."""
