@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PACKAGES := packages/speft-core packages/speft-train packages/speft-hub
 MODELS := packages/speft-train/requirements-models.txt
 
-.PHONY: help demo test test-real coverage lint bench install install-dev clean
+.PHONY: help demo test test-real coverage lint audit bench install install-dev clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-real   the tests that run the bundled models"
 	@echo "make coverage    line and branch coverage of speft-core by its own tests"
 	@echo "make lint        ruff, mypy and the import rules"
+	@echo "make audit       known weaknesses of the pinned dependencies (needs the network)"
 	@echo "make bench       step time and memory against PEFT and full fine-tuning"
 	@echo "make install     only the environment of demo; make install-dev: that of test and lint"
 	@echo "make clean       remove caches and build products; runs/ and .venv stay"
@@ -44,6 +45,12 @@ lint: $(VENV)/.dev
 	@$(RUN) ruff check .
 	@$(RUN) mypy
 	@$(RUN) lint-imports
+
+# In an environment of its own: pip-audit brings libraries that speft does not need.
+audit: $(VENV)/.runtime
+	@$(BIN)/python -m pip check
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit; }
+	@$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(VENV)/.dev
 	@$(RUN) python benchmarks/run.py $(ARGS)

@@ -104,78 +104,6 @@ def test_30_steps_equal_dense_training_with_a_masked_gradient(backward: str) -> 
         torch.testing.assert_close(model.state_dict()[name], parameter.detach(), rtol=0, atol=1e-5)
 
 
-def test_names_keys_modules_and_hooks_stay_as_they_were() -> None:
-    model = net()
-    keys, modules = list(model.state_dict()), [(n, type(m)) for n, m in model.named_modules()]
-    seen: list[str] = []
-    model.left.register_forward_hook(lambda *_: seen.append("forward"))
-    model.left.register_forward_pre_hook(lambda *_: seen.append("pre"))
-    model.left.register_full_backward_hook(lambda *_: seen.append("backward"))
-    tuner = sc.attach(model, some_mask(model))
-    assert list(model.state_dict()) == keys
-    assert [(n, type(m)) for n, m in model.named_modules()] == modules
-    loss_of(model).backward()
-    assert seen == ["pre", "forward", "backward"]
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{n}_values" for n in tuner.values}
-    tuner.detach()
-    assert list(model.state_dict()) == keys
-    assert {n for n, _ in model.named_parameters()} == set(keys)
-    assert "forward" not in vars(model.left)
-    seen.clear()
-    loss_of(model).backward()
-    assert seen == ["pre", "forward", "backward"]
-
-
-def test_a_forward_set_on_the_instance_is_called_and_put_back() -> None:
-    model, calls = net(), []
-    own = model.left.forward
-
-    def counting(x: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return own(x)
-
-    model.left.forward = counting  # type: ignore[method-assign]
-    mask = some_mask(model)
-    expected = oracle_gradients(net(), mask)
-    tuner = sc.attach(model, mask)
-    assert tuner.plan()["left.weight"].plan == "tap"
-    loss_of(model).backward()
-    assert calls
-    torch.testing.assert_close(tuner.values["left.weight"].grad, expected["left.weight"], rtol=1e-5, atol=1e-7)
-    tuner.detach()
-    assert model.left.forward is counting
-
-
-@pytest.mark.parametrize("backward", PLAN_NAMES)
-def test_tied_weights_stay_tied_and_get_the_sum_of_both_gradients(backward: str) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(31, 12)
-            self.mid = nn.Linear(12, 12)
-            self.head = nn.Linear(12, 31, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.tanh(self.mid(self.embed(ids))))
-
-    torch.manual_seed(0)
-    model = Tied()
-    mask = some_mask(model)
-    assert "head.weight" not in mask.indices
-    before, expected = bits(model), oracle_gradients(model, mask)
-    tuner = sc.attach(model, mask, backward=backward)
-    assert model.head.weight is model.embed.weight
-    loss_of(model).backward()
-    for name, values_K in tuner.values.items():
-        torch.testing.assert_close(values_K.grad, expected[name], rtol=1e-5, atol=1e-7)
-    assert len(list(tuner.parameters())) == len({id(p) for p in tuner.parameters()}) == 3
-    train(tuner, model, 3)
-    assert model.head.weight is model.embed.weight
-    tuner.detach()
-    assert same_bits(bits(model), before)
-
-
 @pytest.mark.parametrize("backward", PLAN_NAMES)
 def test_two_forwards_before_one_backward(backward: str) -> None:
     model, mask = net(), some_mask(net())
@@ -254,81 +182,6 @@ def test_the_trained_forward_is_the_base_models_own_matmul(dtype: torch.dtype) -
     assert torch.equal(model(IDS).detach(), merged(IDS).detach())
 
 
-def test_load_state_dict_while_attached_turns_the_weights_into_values() -> None:
-    model, mask = net(), some_mask(net(), LINEAR)
-    before = bits(model)
-    tuner = sc.attach(model, mask)
-    train(tuner, model, 5)
-    tuner.sync()
-    trained, logits = bits(model), model(IDS).detach()
-    values = {n: v.detach().clone() for n, v in tuner.values.items()}
-    tuner.detach()
-    tuner = sc.attach(model, mask)
-    model.load_state_dict(trained)
-    for name, values_K in tuner.values.items():
-        torch.testing.assert_close(values_K.detach(), values[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model(IDS).detach(), logits)
-    model.load_state_dict(before)
-    assert all(not v.detach().any() for v in tuner.values.values())
-    tuner.detach()
-    assert same_bits(bits(model), before)
-
-
-def test_a_tuners_own_state_goes_round_and_another_masks_is_refused() -> None:
-    model, mask = net(), some_mask(net())
-    tuner = sc.attach(model, mask)
-    train(tuner, model, 3)
-    state, logits = {k: v.clone() for k, v in tuner.state_dict().items()}, model(IDS).detach()
-    train(tuner, model, 3)
-    assert not torch.equal(model(IDS).detach(), logits)
-    tuner.load_state_dict(state)
-    assert torch.equal(model(IDS).detach(), logits)
-    with pytest.raises(sc.UserError, match="another mask"):
-        tuner.load_state_dict({k: v for k, v in state.items() if "left" not in k})
-    wrong = dict(state, **{"values.out.weight": torch.zeros(3)})
-    with pytest.raises(sc.UserError, match=r"values.out.weight has shape \(3,\)"):
-        tuner.load_state_dict(wrong)
-    assert torch.equal(model(IDS).detach(), logits)
-
-
-def test_values_written_behind_torchs_back_reach_the_next_training_forward() -> None:
-    model = net()
-    tuner = sc.attach(model, some_mask(model))
-    first = model(IDS).detach()
-    for values_K in tuner.values.values():
-        values_K.data.add_(0.3)
-    assert not torch.equal(model(IDS).detach(), first)
-
-
-def test_train_dense_trains_a_whole_head_and_detach_takes_it_back() -> None:
-    model = net()
-    before = bits(model)
-    tuner = sc.attach(model, some_mask(model, LINEAR[:2]), train_dense=["out"])
-    assert set(tuner.dense) == {"out.weight", "out.bias"}
-    assert tuner.trainable_parameters == sum(p.numel() for p in tuner.parameters())
-    losses = train(tuner, model, 10)
-    assert losses[-1] < losses[0] and not torch.equal(model.out.weight, before["out.weight"])
-    adapter = tuner.adapter()
-    logits = model(IDS).detach()
-    tuner.detach()
-    assert same_bits(bits(model), before)
-    with adapter.applied(model):
-        assert torch.equal(model(IDS).detach(), logits)
-    assert same_bits(bits(model), before)
-
-
-def test_a_model_moved_after_attaching_still_trains() -> None:
-    model, mask = net(), some_mask(net())
-    expected = oracle_gradients(model.double(), mask)
-    model.float()
-    tuner = sc.attach(model, mask)
-    model.double()
-    assert all(v.dtype == torch.float64 for v in tuner.values.values())
-    loss_of(model).backward()
-    for name, values_K in tuner.values.items():
-        torch.testing.assert_close(values_K.grad, expected[name], rtol=1e-5, atol=1e-8)
-
-
 def test_frozen_inputs_give_gradients_without_grad_x() -> None:
     layer = nn.Linear(5, 4)
     mask = sc.SparsityMask({"weight": torch.tensor([0, 7, 19])}, {"weight": (4, 5)})
@@ -337,40 +190,6 @@ def test_frozen_inputs_give_gradients_without_grad_x() -> None:
     layer(x).sum().backward()
     assert tuner.values["weight"].grad is not None
     torch.testing.assert_close(tuner.values["weight"].grad, x.sum(0)[torch.tensor([0, 2, 4])])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m, k: sc.attach(m, k, backward="quick"), "backward must be auto or one of"),
-        (lambda m, k: sc.attach(m, k, train_dense="out"), "train_dense must be a list"),
-        (lambda m, k: sc.attach(m, k, train_dense=["ouut"]), "'ouut' matches no parameter. Did you mean 'out'"),
-        (lambda m, k: sc.attach(m, k, train_dense=["left"]), "in train_dense; it can be only one"),
-        (lambda m, k: sc.attach(nn.Linear(2, 2), k), "has no parameter"),
-        (lambda m, k: sc.attach(Net(width=8), k), "has shape"),
-        (lambda m, k: (sc.attach(m, k), sc.attach(m, k)), "attached already"),
-        (lambda m, k: (sc.SparseAdapter({}, {}).apply(m), sc.attach(m, k)), "restore it before attaching"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_the_model_alone(change: object, message: str) -> None:
-    model = net()
-    before = bits(model)
-    with pytest.raises(sc.UserError, match=message) as caught:
-        change(model, some_mask(model))  # type: ignore[operator]
-    assert "\n" not in str(caught.value)
-    assert same_bits(bits(model), before)
-
-
-def test_a_weight_that_cannot_be_adapted_leaves_no_trace() -> None:
-    model = net()
-    mask = some_mask(model)
-    model.out.weight = nn.Parameter(torch.randn(20, 31).t())
-    before = dict(model.named_parameters())
-    with pytest.raises(sc.UserError, match="out.weight: only contiguous floating-point"):
-        sc.attach(model, mask)
-    assert dict(model.named_parameters()).keys() == before.keys()
-    assert not any("_values" in n or "_base" in n for n in dict(model.named_buffers()))
-    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", list(pico.MODELS))

@@ -220,18 +220,10 @@ def test_one_file_of_speft_hub_imports_huggingface_hub() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    """Above 350 lines a file wants splitting; one with a reason to be longer is named here with it."""
-    reasons = {
-        "tests/core/test_attach.py": "the promises of attach, all on one model",
-        "tests/hub/test_hazards.py": "one attack after another, in the order of the table in docs/hub.md",
-    }
-    long = {
-        str(path.relative_to(ROOT))
-        for folder in ("packages", "tests", "benchmarks")
-        for path in (ROOT / folder).rglob("*.py")
-        if len(path.read_text().splitlines()) > 350
-    }
-    assert long == set(reasons)
+    """Above 350 lines a file wants splitting by subject."""
+    files = [path for folder in ("packages", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 150
+    assert [str(path.relative_to(ROOT)) for path in files if len(path.read_text().splitlines()) > 350] == []
 
 
 def test_every_pin_is_exact() -> None:
