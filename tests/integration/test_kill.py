@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pico_run import make_config, make_model
-from two_ranks import LIGHT, NEEDS_LAUNCHER, merged
+from two_ranks import LIGHT, NEEDS_LAUNCHER, launch, merged
 
 SERIES = Path(__file__).parent / "kill_series.py"
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -19,7 +20,7 @@ pytestmark = NEEDS_LAUNCHER
 
 @pytest.mark.parametrize(
     ("stage", "moments"),
-    [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.real),
+    [(2, 3), pytest.param(2, 20, marks=pytest.mark.real),
      pytest.param(3, 20, marks=pytest.mark.real)],
 )  # fmt: skip
 def test_a_killed_run_ends_as_one_left_alone(tmp_path: Path, stage: int, moments: int) -> None:
@@ -36,3 +37,15 @@ def test_a_killed_run_ends_as_one_left_alone(tmp_path: Path, stage: int, moments
     assert any(set(row["killed"]) != {0} for row in rows)  # the run was not over each time
     in_save = [row for row in rows if row["moment"].startswith("in save")]
     assert in_save and all(min(row["killed"]) < 0 for row in in_save)
+
+
+def test_a_rank_that_dies_ends_the_job_within_a_minute_and_its_error_is_shown(tmp_path: Path) -> None:
+    """The other rank waits for it in a reduction; the launcher ends it."""
+    sections = merged(LIGHT, {"deepspeed": {"zero_stage": 2}, "adapter": {"metric": "magnitude"}, "train": {"max_steps": 50}})
+    config = make_config(tmp_path / "c.yaml", make_model(tmp_path / "model"), tmp_path / "run", **sections)
+    done = launch(Path(__file__).parent / "failing_rank.py", str(config), str(tmp_path))
+    ended = time.time()
+    assert done.returncode != 0
+    assert "RuntimeError: the loss of rank 1 is broken" in done.stderr
+    assert ended - float((tmp_path / "failed").read_text()) < 60
+    assert not (tmp_path / "run" / "adapter").exists()

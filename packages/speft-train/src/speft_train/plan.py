@@ -88,7 +88,7 @@ def memory_rows(cfg: RunConfig, model: Any, k: int, pool: int, world: int) -> li
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     size = model.dtype.itemsize
     sharded = world if stage >= 1 else 1
-    rows = [("weights", weights)]
+    rows = [("weights", weights // (world if stage == 3 else 1))]
     if cfg.adapter.method == "sparse":
         rows += [("values (float32)", VALUE * k), ("indices and base entries", (INDEX + size) * k)]
     elif cfg.adapter.method in methods_peft.KINDS:
