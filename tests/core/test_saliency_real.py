@@ -31,11 +31,14 @@ def smollm2() -> tuple[Any, list[dict[str, torch.Tensor]]]:
     return model, [collate(rows[:3]), collate(rows[3:])]
 
 
-@pytest.mark.parametrize("metric", ["gradient", "fisher"])
-def test_any_memory_limit_gives_the_same_mask(smollm2: tuple[Any, list[dict[str, torch.Tensor]]], metric: str) -> None:
+@pytest.mark.parametrize(("metric", "limits"), [("gradient", (200 * MIB, 64 * MIB)), ("fisher", (200 * MIB,))])
+def test_any_memory_limit_gives_the_same_mask(
+    smollm2: tuple[Any, list[dict[str, torch.Tensor]]], metric: str, limits: tuple[int, ...]
+) -> None:
+    """425 MB of accumulators, in three and in seven passes."""
     model, batches = smollm2
     budget = sc.Budget(density=0.005, of="targets")
     free = sc.find_mask(model, batches, metric, budget)
     assert free.nnz == budget.resolve(model, free.names) > 500_000
-    for limit in (200 * MIB, 64 * MIB, 3_000_001):
+    for limit in limits:
         assert sc.find_mask(model, batches, metric, budget, memory_limit=limit) == free, limit
