@@ -36,7 +36,7 @@ class HeadConfig:
         None, "spread of its random start; default: 0.06 / sqrt(width) on a decoder, the model's own on an encoder", above=0
     )
     bias: str = key(
-        "zero", "its bias starts at zero, or where the training labels are: their mean, or the log of each class's share",
+        "zero", "its bias starts at zero, or at the training labels: their mean, or the log of each share",
         choices=("zero", "labels"), added=True,
     )  # fmt: skip
     words: dict[str, str] = key(dict, "label -> answer word: the head starts as these rows of the vocabulary head")
