@@ -281,7 +281,8 @@ def test_random_masks_read_no_data_and_dense_parts_are_trained(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(execute: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(sc.UserError, match=r"(loss|grad_norm) is (nan|inf) at step \d+ of 6; lower train.learning_rate"):
+    where = r"at step \d+ of 6 \(training examples [\d, ]+\)"
+    with pytest.raises(sc.UserError, match=rf"(loss|grad_norm) is (nan|inf) {where}; lower train.learning_rate"):
         execute(train={"learning_rate": 1e30, "max_grad_norm": 0.0}, evaluate={"enabled": False})
 
 
