@@ -40,6 +40,7 @@ settings.register_profile("speft", deadline=None, derandomize=True, database=Non
 settings.load_profile("speft")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start ranks of their own all run in one worker: two at once would fight over the cores."""
     for item in items:
