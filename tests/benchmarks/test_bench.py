@@ -17,7 +17,7 @@ def bench(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=check)
 
 
-@pytest.mark.slow
+@pytest.mark.real  # a minute and a half of imports in workers of their own
 def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     methods = ["--methods", "speft", "LoRA r2"]

@@ -86,7 +86,11 @@ class Request(BaseHTTPRequestHandler):
     def serve(self) -> None:
         """Find the route and call it; answer errors as the Hub does, and keep bugs of this server for `hub.bugs`."""
         parts = urlsplit(self.path)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        expected = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(expected)
+        if len(self.body) < expected:  # the client was killed in the middle of its request
+            self.close_connection = True
+            return
         self.query = parse_qs(parts.query)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.user = self.hub.tokens.get(token) if token else None
