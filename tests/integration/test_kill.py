@@ -20,7 +20,7 @@ pytestmark = NEEDS_LAUNCHER
 
 @pytest.mark.parametrize(
     ("stage", "moments"),
-    [(2, 3), pytest.param(2, 20, marks=pytest.mark.real),
+    [(2, 2), pytest.param(2, 20, marks=pytest.mark.real),
      pytest.param(3, 20, marks=pytest.mark.real)],
 )  # fmt: skip
 def test_a_killed_run_ends_as_one_left_alone(tmp_path: Path, stage: int, moments: int) -> None:
