@@ -154,7 +154,7 @@ def test_another_base_is_refused_by_its_first_differing_tensor() -> None:
         assert not same_bits(other, before)
 
 
-def test_a_base_that_agreed_is_compared_again_once_it_changes() -> None:
+def test_a_base_that_agreed_is_compared_again_each_time() -> None:
     model = Classifier()
     adapter, _ = trained(model)
     before = bits(model)
@@ -165,6 +165,11 @@ def test_a_base_that_agreed_is_compared_again_once_it_changes() -> None:
     delta = adapter.deltas["second.weight"]
     with torch.no_grad():
         model.second.weight.view(-1)[int(delta.indices_K[0])] += 1e-2
+    with pytest.raises(sc.UserError, match=r"second\.weight"):
+        adapter.apply(model)
+    model.load_state_dict(before)
+    # As libraries merge: a change that torch's version counter does not see.
+    model.second.weight.data.view(-1)[int(delta.indices_K[0])] += 1e-2
     with pytest.raises(sc.UserError, match=r"second\.weight"):
         adapter.apply(model)
     model.load_state_dict(before)

@@ -36,30 +36,57 @@ def test_compiled_and_plain_writes_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype, values_dtype: torch.dtype, count: int
 ) -> None:
     weight, indices_K, values_K = _case(weight_dtype, values_dtype, count)
-    assert native.writes(weight, indices_K, values_K) == HAS_NATIVE
+    base_K = writing.gather(weight, indices_K)
+    assert native.writes((weight, indices_K, base_K, values_K)) == HAS_NATIVE
     fast = weight.clone()
-    held_K = writing.exchange(fast, indices_K, values_K)
-    added = weight.clone()
-    writing.write_sum(added, indices_K, held_K, values_K)
-    taken = fast.clone()
-    writing.scatter(taken, indices_K, held_K)
+    writing.write_sum(fast, indices_K, base_K, values_K)
+    back = fast.clone()
+    writing.scatter(back, indices_K, base_K)
+    assert torch.equal(_bits(back), _bits(weight))
 
     monkeypatch.setattr(native, "writes", lambda *_: False)
+    assert torch.equal(_bits(writing.gather(weight, indices_K)), _bits(base_K))
     plain = weight.clone()
-    base_K = writing.exchange(plain, indices_K, values_K)
-    assert torch.equal(_bits(held_K), _bits(base_K))
+    writing.write_sum(plain, indices_K, base_K, values_K)
     usual = ~torch.isnan(plain)  # a NaN may have any payload
-    for made in (fast, added):
-        assert torch.equal(_bits(made)[usual], _bits(plain)[usual])
-        assert bool(torch.isnan(made[~usual]).all())
-    assert torch.equal(_bits(taken), _bits(weight))
+    assert torch.equal(_bits(fast)[usual], _bits(plain)[usual]) and bool(torch.isnan(fast[~usual]).all())
+    assert count < 8 or not torch.equal(_bits(fast), _bits(weight))  # the first few values are odd ones, as 0
+    writing.scatter(plain, indices_K, base_K)
+    assert torch.equal(_bits(plain), _bits(weight))
+
+
+def test_many_tensors_at_once_are_each_as_alone() -> None:
+    cases = [_case(dtype, torch.float32, count) for dtype in (*DTYPES, torch.float64) for count in (0, 3, 500, 40_000)]
+    together, alone = ([weight.clone() for weight, *_ in cases] for _ in range(2))
+    held = writing.gather_all([(weight, indices_K) for weight, (_, indices_K, _) in zip(together, cases, strict=True)])
+    rows = list(zip(together, cases, held, strict=True))
+    writing.write_sums([(weight, indices_K, base_K, values_K) for weight, (_, indices_K, values_K), base_K in rows])
+    for weight, (_, indices_K, values_K) in zip(alone, cases, strict=True):
+        writing.write_sum(weight, indices_K, writing.gather(weight, indices_K), values_K)
+    assert all(a.nan_to_num().equal(b.nan_to_num()) for a, b in zip(together, alone, strict=True))
+    writing.scatter_all([(weight, indices_K, base_K) for weight, (_, indices_K, _), base_K in rows])
+    assert all(weight.equal(before) or bool(before.isnan().any()) for weight, (before, *_) in zip(together, cases, strict=True))
 
 
 def test_what_the_compiled_loops_cannot_take_goes_the_plain_way() -> None:
     weight, indices_K, values_K = _case(torch.float32, torch.float32, 100)
+    base_K = writing.gather(weight, indices_K)
     for indices, values in ((indices_K.long(), values_K), (indices_K, values_K.double()), (indices_K, values_K.repeat(2)[::2])):
-        assert not native.writes(weight, indices, values)
+        assert not native.writes((weight, indices, base_K, values))
         changed = weight.clone()
-        base_K = writing.exchange(changed, indices, values)
+        writing.write_sum(changed, indices, base_K, values)
+        assert not torch.equal(_bits(changed), _bits(weight))
         writing.scatter(changed, indices, base_K)
         assert torch.equal(_bits(changed), _bits(weight))
+
+
+@pytest.mark.parametrize("wrong", [-1, 64, 2**31 - 1])
+def test_an_index_outside_raises_and_writes_nowhere(wrong: int) -> None:
+    room = torch.arange(3 * 64, dtype=torch.float32)
+    weight, before = room[64:128].view(8, 8), room.clone()
+    indices_K = torch.tensor([0, wrong], dtype=torch.int32)
+    with pytest.raises((IndexError, RuntimeError)):
+        writing.gather(weight, indices_K)
+    with pytest.raises((IndexError, RuntimeError)):
+        writing.scatter(weight, indices_K, torch.zeros(2))
+    assert torch.equal(room[:64], before[:64]) and torch.equal(room[128:], before[128:])

@@ -10,18 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .adapter_files import AdapterConfig, read_folder, write_folder
-from .delta import SparseDelta, all_finite, version_of
+from .delta import SparseDelta, all_finite
 from .errors import UserError
-from .fingerprint import check_fingerprint, check_shape, hashed_dtype
+from .fingerprint import check_fingerprint, check_shape
 from .targets import base_parameters
 from .threads import each
-from .writing import exchange_all, gather, scatter_all
+from .writing import gather_all, scatter_all, write_sums
 
 SMALL = 1 << 21  # entries below which threads cost more than they save
 
@@ -62,7 +61,7 @@ class SparseAdapter:
 
         Names, shapes and a hash of the base's entries are compared; see fingerprint.py for models in another dtype.
         """
-        self._check_entries(model, self._matching(model))
+        self._entries(self._matching(model), check_base=True)
 
     def _matching(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters; UserError for the first that is missing or has another shape."""
@@ -76,26 +75,20 @@ class SparseAdapter:
             check_shape(name, parameters[name], tuple(tensor.shape), self._base)
         return parameters
 
-    def _check_entries(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor | None]:
-        """Compare hashes and return name -> base_K. Entries that agreed are not read again until torch counts a change of a weight
-        (an optimizer's step, load_state_dict), a weight moves, or a delta is replaced; nothing is returned for them."""
-        read = [(parameters[n].data_ptr(), version_of(parameters[n]), d) for n, d in self.deltas.items()]
-        bare = not model.__dict__.get("_speft_applied")  # speft's own writes are not counted: trust only what no adapter covers
-        models = _AGREED.setdefault(self, WeakKeyDictionary())
-        agreed = models.get(model) if bare else None
-        if agreed is not None and len(agreed) == len(read) and all(a == b for a, b in zip(agreed, read, strict=True)):
-            return {}
-        found = each(lambda name: self._checked_entries(name, parameters[name]), self.deltas, small=self.nnz < SMALL)
-        if bare and all(version is not None for _, version, _ in read):
-            models[model] = read
-        return dict(zip(self.deltas, found, strict=True))
+    def _entries(
+        self, parameters: Mapping[str, nn.Parameter], check_base: bool
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """name -> indices_K and base_K on the weight's device, the latter compared with the fingerprint."""
+        places = [(parameters[name], delta.indices_K.to(parameters[name].device)) for name, delta in self.deltas.items()]
+        found = {n: (i, base_K) for n, (_, i), base_K in zip(self.deltas, places, gather_all(places), strict=True)}
 
-    def _checked_entries(self, name: str, weight: nn.Parameter) -> torch.Tensor | None:
-        """base_K, checked against the fingerprint; None where the fingerprint holds no hash of these entries."""
-        delta, record = self.deltas[name], self.fingerprint.get(name)
-        base_K = gather(weight, delta.indices_K.to(weight.device)) if hashed_dtype(weight, record) is not None else None
-        check_fingerprint(name, weight, delta, record, self._base, base_K)
-        return base_K
+        def compare(name: str) -> None:
+            record, base_K = self.fingerprint.get(name), found[name][1]
+            check_fingerprint(name, parameters[name], self.deltas[name], record, self._base, base_K)
+
+        if check_base:
+            each(compare, found, small=self.nnz < SMALL)
+        return found
 
     @property
     def _base(self) -> str:
@@ -110,7 +103,7 @@ class SparseAdapter:
             raise UserError("an adapter cannot be applied while a tuner is attached; call tuner.detach() first")
         self.check()
         parameters = self._matching(model)
-        return Applied(self, model, parameters, self._check_entries(model, parameters) if check_base else {})
+        return Applied(self, model, parameters, self._entries(parameters, check_base))
 
     @contextmanager
     def applied(self, model: nn.Module, check_base: bool = True) -> Iterator[nn.Module]:
@@ -136,11 +129,6 @@ class SparseAdapter:
             raise UserError(f"{place}{error}") from None
 
 
-# adapter -> model -> address and version of each weight, and the delta, that were compared and agreed
-_AGREED: WeakKeyDictionary[SparseAdapter, WeakKeyDictionary[nn.Module, list[tuple[int, int | None, SparseDelta]]]]
-_AGREED = WeakKeyDictionary()
-
-
 class Applied:
     """An adapter that sits in a model. Several may be stacked; they come off in the reverse order."""
 
@@ -149,20 +137,12 @@ class Applied:
         adapter: SparseAdapter,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        known: Mapping[str, torch.Tensor | None],
+        saved: dict[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """Write. `parameters`: the model's, by name. `known`: name -> base_K, for those deltas whose entries were read already."""
-        self._model = model
+        """Write. `parameters`: the model's, by name. `saved`: name -> indices_K and base_K of each delta, on the weight's device."""
+        self._model, self._saved = model, saved
         self._saved_dense = {n: parameters[n].detach().clone() for n in adapter.dense}
-        changes = []
-        for name, delta in adapter.deltas.items():
-            weight = parameters[name]
-            here = delta if delta.indices_K.device == weight.device == delta.values_K.device else delta.to(device=weight.device)
-            changes.append((weight, here.indices_K, here.values_K, known.get(name)))
-        held = exchange_all(changes)
-        self._saved = {
-            name: (indices_K, base_K) for name, (_, indices_K, *_), base_K in zip(adapter.deltas, changes, held, strict=True)
-        }
+        write_sums([(parameters[n], *held, adapter.deltas[n].values_K.to(parameters[n].device)) for n, held in saved.items()])
         for name, tensor in adapter.dense.items():
             parameters[name].data.copy_(tensor)
         self._stack: list[Applied] = model.__dict__.setdefault("_speft_applied", [])

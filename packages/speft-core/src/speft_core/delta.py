@@ -48,7 +48,7 @@ def all_finite(values: torch.Tensor) -> bool:
     return int((values.detach().contiguous().view(bits) & torch.iinfo(bits).max).max()) < infinity
 
 
-def version_of(tensor: torch.Tensor) -> int | None:
+def _version(tensor: torch.Tensor) -> int | None:
     """How often a tensor was changed in place; None where that is not counted (inference mode)."""
     return None if tensor.is_inference() else tensor._version
 
@@ -75,7 +75,7 @@ class SparseDelta:
         return math.prod(self.shape)
 
     def _versions(self) -> tuple[int | None, int | None]:
-        return version_of(self.indices_K), version_of(self.values_K)
+        return _version(self.indices_K), _version(self.values_K)
 
     def check(self, name: str = "delta") -> SparseDelta:
         """Return self, or raise UserError (naming `name`) for wrong ranges, order, duplicates, counts or non-finite values.

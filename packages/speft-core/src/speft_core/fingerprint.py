@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,28 +53,18 @@ def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor) -> dict[str, Any]
     return record
 
 
-def hashed_dtype(weight: torch.Tensor, record: Mapping[str, Any] | None) -> torch.dtype | None:
-    """The dtype whose hash in `record` the entries of `weight` must have; None when there is none."""
-    return next((dtype for dtype in (weight.dtype, torch.bfloat16) if _key(dtype) in (record or {})), None)
-
-
 def check_fingerprint(
-    name: str,
-    weight: torch.Tensor,
-    delta: SparseDelta,
-    record: dict[str, Any] | None,
-    base: str,
-    base_K: torch.Tensor | None = None,
+    name: str, weight: torch.Tensor, delta: SparseDelta, record: dict[str, Any] | None, base: str, base_K: torch.Tensor
 ) -> None:
     """Raise UserError unless `weight` is the tensor that `delta` was made for; `base` names that model in the message.
 
-    A delta without a record (made by hand) is known by its shape alone, a merged one by its shape and sample. `base_K`: the
-    weight's entries at the delta's indices, where the caller has them.
+    `base_K`: the weight's entries at the delta's indices. A delta without a record (made by hand) is known by its shape alone, a
+    merged one by its shape and sample.
     """
     check_shape(name, weight, delta.shape, base)
-    record, dtype = record or {}, hashed_dtype(weight, record)
+    record = record or {}
+    dtype = next((dtype for dtype in (weight.dtype, torch.bfloat16) if _key(dtype) in record), None)
     if dtype is not None:
-        base_K = gather(weight, delta.indices_K.to(weight.device)) if base_K is None else base_K
         same = entries_hash(base_K.to(dtype)) == record[_key(dtype)]
     else:
         same = "sample" not in record or sample_hash(weight) == record["sample"]

@@ -5,7 +5,7 @@ Shape suffixes: K kept entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,15 +22,17 @@ def flat_view(weight: torch.Tensor) -> torch.Tensor:
 
 def gather(weight: torch.Tensor, indices_K: torch.Tensor) -> torch.Tensor:
     """A copy of the K entries of `weight` at `indices_K`, in the weight's dtype."""
-    return flat_view(weight).index_select(0, indices_K.long())  # twice as fast as with int32, the conversion included
+    return gather_all([(weight, indices_K)])[0]
 
 
 def scatter(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor) -> None:
     """Write `entries_K` (any dtype, rounded to the weight's) at `indices_K` of `weight`, in place."""
-    if entries_K.dtype == weight.dtype and native.writes(weight, indices_K, entries_K):
-        native.native_put(weight, indices_K, entries_K)
-    else:
-        flat_view(weight).index_copy_(0, indices_K.long(), entries_K.to(weight.dtype))
+    scatter_all([(weight, indices_K, entries_K)])
+
+
+def write_sum(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
+    """weight[indices] = add_values(base, values), in place."""
+    write_sums([(weight, indices_K, base_K, values_K)])
 
 
 def add_values(base_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
@@ -41,54 +43,50 @@ def add_values(base_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
     return (base_K.to(wide) + values_K.detach().to(wide)).to(base_K.dtype)
 
 
-def write_sum(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
-    """weight[indices] = add_values(base, values), in place: one compiled loop where there is one, the same bits either way."""
-    values_K = values_K.detach()
-    if base_K.dtype == weight.dtype and native.writes(weight, indices_K, base_K, values_K):
-        native.native_add(weight, indices_K, values_K, base_K=base_K)
-    else:
-        scatter(weight, indices_K, add_values(base_K, values_K))
+# Of many tensors at once, no two of one weight: one compiled loop for those that it takes, PyTorch's operators for the others,
+# with the same bits.
 
 
-def exchange(weight: torch.Tensor, indices_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
-    """Add `values_K` to the entries of `weight`, in place, and return what they were: gather and write_sum in one pass."""
-    values_K = values_K.detach()
-    if native.writes(weight, indices_K, values_K):
-        held_K = torch.empty(indices_K.numel(), dtype=weight.dtype)
-        native.native_add(weight, indices_K, values_K, held_K=held_K)
-        return held_K
-    base_K = gather(weight, indices_K)
-    scatter(weight, indices_K, add_values(base_K, values_K))
-    return base_K
+def gather_all(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """`gather` of each (weight, indices_K)."""
+    changes: list[native.Change] = [
+        (weight, indices_K, torch.empty(indices_K.numel(), dtype=weight.dtype, device=weight.device), None)
+        for weight, indices_K in places
+    ]
 
+    def plain(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, _: torch.Tensor | None) -> None:
+        # Twice as fast as with int32, the conversion included.
+        torch.index_select(flat_view(weight), 0, indices_K.long(), out=base_K)
 
-def exchange_all(changes: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
-    """For each (weight, indices_K, values_K, base_K or None): add the values in place; the entries as they were. base_K, where the
-    caller has read it, saves reading it again. No two may be of one weight."""
-    held = [base_K for *_, base_K in changes]
-    fast: list[native.Change] = []
-    for place, (weight, indices_K, values_K, base_K) in enumerate(changes):
-        if not native.writes(weight, indices_K, values_K):
-            if base_K is None:
-                held[place] = exchange(weight, indices_K, values_K)
-            else:
-                write_sum(weight, indices_K, base_K, values_K)
-            continue
-        if base_K is None:
-            held[place] = torch.empty(indices_K.numel(), dtype=weight.dtype)
-        fast.append((weight, indices_K, base_K, values_K, held[place] if base_K is None else None))
-    if fast:
-        native.native_add_all(fast)
-    return [base_K for base_K in held if base_K is not None]
+    _each("take", changes, plain)
+    return [base_K for _, _, base_K, _ in changes]
 
 
 def scatter_all(entries: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-    """`scatter` of many (weight, indices_K, entries_K). No two may be of one weight."""
-    fast: list[native.Change] = []
-    for weight, indices_K, entries_K in entries:
-        if entries_K.dtype == weight.dtype and native.writes(weight, indices_K, entries_K):
-            fast.append((weight, indices_K, entries_K, None, None))
+    """`scatter` of each (weight, indices_K, entries_K)."""
+
+    def plain(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor, _: torch.Tensor | None) -> None:
+        flat_view(weight).index_copy_(0, indices_K.long(), entries_K)
+
+    _each("put", [(w, indices_K, entries_K.to(w.dtype), None) for w, indices_K, entries_K in entries], plain)
+
+
+def write_sums(changes: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """`write_sum` of each (weight, indices_K, base_K, values_K)."""
+
+    def plain(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor | None) -> None:
+        assert values_K is not None
+        flat_view(weight).index_copy_(0, indices_K.long(), add_values(base_K, values_K).to(weight.dtype))
+
+    _each("add", changes, plain)
+
+
+def _each(what: str, changes: Sequence[native.Change], plain: Callable[..., None]) -> None:
+    fast = []
+    for change in changes:
+        if native.writes(change):
+            fast.append(change)
         else:
-            scatter(weight, indices_K, entries_K)
+            plain(*change)
     if fast:
-        native.native_put_all(fast)
+        native.native_each(what, fast)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from speft_core import SparseAdapter, UserError
-from speft_core.fingerprint import check_fingerprint
+from speft_core.fingerprint import check_fingerprint, check_shape
+from speft_core.writing import gather
 
 from . import names
 from .checkpoint import Checkpoint
@@ -76,5 +77,7 @@ def check_against(adapter: SparseAdapter, base: str | Path) -> int:
         if not keys:
             raise UserError(f"this adapter is for another base: {base} has no tensor for {name}")
         with checkpoint.tensor(keys[0]) as weight:
-            check_fingerprint(name, weight, delta, adapter.fingerprint.get(name), str(base))
+            check_shape(name, weight, delta.shape, str(base))
+            base_K = gather(weight, delta.indices_K)
+            check_fingerprint(name, weight, delta, adapter.fingerprint.get(name), str(base), base_K)
     return len(adapter.deltas)

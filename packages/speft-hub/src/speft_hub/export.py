@@ -19,7 +19,7 @@ import yaml
 from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
 from speft_core.fingerprint import check_fingerprint
-from speft_core.writing import add_values, gather, scatter
+from speft_core.writing import gather, write_sum
 
 from .addresses import public_base
 from .card import CardFields, plain
@@ -94,10 +94,10 @@ def _change(checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapte
             if tuple(weight.shape) != delta.shape or not weight.is_floating_point():
                 found = f"{tuple(weight.shape)} of {weight.dtype}"
                 raise UserError(f"this adapter is for another base: {name} has shape {delta.shape}, {key} in {base} is {found}")
-            if check_base:
-                check_fingerprint(name, weight, delta, adapter.fingerprint.get(name), base)
             base_K = gather(weight, delta.indices_K)
-            scatter(weight, delta.indices_K, add_values(base_K, delta.values_K))
+            if check_base:
+                check_fingerprint(name, weight, delta, adapter.fingerprint.get(name), base, base_K)
+            write_sum(weight, delta.indices_K, base_K, delta.values_K)
 
 
 def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside: Path) -> None:

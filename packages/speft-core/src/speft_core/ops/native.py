@@ -32,7 +32,7 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=fast")
 BUILD_SECONDS = 120
 TOKENS = 64  # as in native.c
-ABI = 3  # as in native.c
+ABI = 4  # as in native.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -113,7 +113,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 target = Path(tempfile.mkdtemp(prefix="speft-")) / name
                 _build(compiler, target)
         library = ctypes.CDLL(str(target))
-        library.speft_scratch.restype = ctypes.c_int64
+        for function in (library.speft_scratch, library.speft_take, library.speft_put, library.speft_add):
+            function.restype = ctypes.c_int64
         if library.speft_abi() != ABI:  # native.c was changed while this process ran
             return None, "native.c is of another version than native.py"
         return library, ""
@@ -190,64 +191,38 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
     return out_K
 
 
-def writes(weight: torch.Tensor, indices_K: torch.Tensor, *others_K: torch.Tensor) -> bool:
-    """Whether native_add and native_put take these: all on the CPU, contiguous, of a length; int32 indices; fp32 or bf16."""
-    if indices_K.dtype != torch.int32 or not indices_K.is_contiguous() or not weight.is_contiguous() or not fits(weight):
+Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def writes(change: Change) -> bool:
+    """Whether native_each takes (weight, indices_K, base_K, values_K or None): on the CPU, contiguous, of a length; int32 indices;
+    fp32 or bf16, base in the weight's own."""
+    weight, indices_K, base_K, values_K = change
+    if indices_K.dtype != torch.int32 or base_K.dtype != weight.dtype or not weight.is_contiguous() or not fits(weight):
+        return False
+    tensors = (indices_K, base_K) if values_K is None else (indices_K, base_K, values_K)
+    if values_K is not None and values_K.dtype not in DTYPES:
         return False
     count = indices_K.numel()
-    plain = (t.dtype in DTYPES and t.numel() == count and t.device.type == "cpu" and t.is_contiguous() for t in others_K)
-    return indices_K.device.type == "cpu" and all(plain)
+    return all(t.numel() == count and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
-def native_add(
-    weight: torch.Tensor,
-    indices_K: torch.Tensor,
-    values_K: torch.Tensor,
-    base_K: torch.Tensor | None = None,
-    held_K: torch.Tensor | None = None,
-) -> None:
-    """weight.view(-1)[indices] = base + values, the bits of writing.add_values. Without base, what the weight holds, which goes
-    into `held_K` first. One pass over the entries; check with `writes` before."""
-    library = _load()[0]
-    assert library is not None and (base_K is None) != (held_K is None)
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (weight, indices_K, base_K, held_K, values_K)]
-    dtypes = (DTYPES[weight.dtype], DTYPES[values_K.dtype])
-    library.speft_add(*pointers, ctypes.c_int64(indices_K.numel()), *dtypes, _threads())
+def native_each(what: str, changes: Sequence[Change]) -> None:
+    """Over many (weight, indices_K, base_K, values_K), side by side; check each with `writes` before. No two of one weight.
 
-
-def native_put(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor) -> None:
-    """weight.view(-1)[indices] = entries, of the weight's dtype, bits as they are; check with `writes` before."""
-    library = _load()[0]
-    assert library is not None and entries_K.dtype == weight.dtype
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, indices_K, entries_K))
-    library.speft_put(*pointers, ctypes.c_int64(indices_K.numel()), DTYPES[weight.dtype], _threads())
-
-
-Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
-def _packed(changes: Sequence[Change]) -> tuple[array[int], ctypes.c_void_p, ctypes.c_int64]:
-    """`changes` as native.c's array of struct change: eight 64-bit words each."""
-    words = array("q")
-    for weight, indices_K, base_K, values_K, held_K in changes:
-        words.extend(0 if t is None else t.data_ptr() for t in (weight, indices_K, base_K, values_K, held_K))
-        words.extend((indices_K.numel(), DTYPES[weight.dtype], 0 if values_K is None else DTYPES[values_K.dtype]))
-    return words, ctypes.c_void_p(words.buffer_info()[0]), ctypes.c_int64(len(changes))
-
-
-def native_add_all(changes: Sequence[Change]) -> None:
-    """native_add of many (weight, indices, base, values, held), side by side; check each with `writes` before."""
+    what: "take" copies the weight's entries into base, "put" copies base into the weight, "add" writes base + values, with the
+    bits of writing.add_values. IndexError for indices outside a weight: those are left out.
+    """
     library = _load()[0]
     assert library is not None
-    words, start, count = _packed(changes)
-    library.speft_add_all(start, count, _threads())
-    del words  # held until here
-
-
-def native_put_all(changes: Sequence[Change]) -> None:
-    """native_put of many (weight, indices, entries, None, None), side by side; check each with `writes` before."""
-    library = _load()[0]
-    assert library is not None
-    words, start, count = _packed(changes)
-    library.speft_put_all(start, count, _threads())
-    del words  # held until here
+    words = array("q")  # struct change of native.c: eight 64-bit words each
+    for weight, indices_K, base_K, values_K in changes:
+        words.extend(
+            (weight.data_ptr(), indices_K.data_ptr(), base_K.data_ptr(), 0 if values_K is None else values_K.data_ptr())
+        )
+        dtypes = (DTYPES[weight.dtype], 0 if values_K is None else DTYPES[values_K.dtype])
+        words.extend((indices_K.numel(), weight.numel(), *dtypes))
+    function = getattr(library, f"speft_{what}")
+    outside = function(ctypes.c_void_p(words.buffer_info()[0]), ctypes.c_int64(len(changes)), _threads())
+    if outside:
+        raise IndexError(f"{outside} indices lie outside their weights")
