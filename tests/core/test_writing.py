@@ -58,14 +58,17 @@ def test_compiled_and_plain_writes_give_the_same_bits(
 def test_many_tensors_at_once_are_each_as_alone() -> None:
     cases = [_case(dtype, torch.float32, count) for dtype in (*DTYPES, torch.float64) for count in (0, 3, 500, 40_000)]
     together, alone = ([weight.clone() for weight, *_ in cases] for _ in range(2))
-    held = writing.gather_all([(weight, indices_K) for weight, (_, indices_K, _) in zip(together, cases, strict=True)])
-    rows = list(zip(together, cases, held, strict=True))
-    writing.write_sums([(weight, indices_K, base_K, values_K) for weight, (_, indices_K, values_K), base_K in rows])
-    for weight, (_, indices_K, values_K) in zip(alone, cases, strict=True):
-        writing.write_sum(weight, indices_K, writing.gather(weight, indices_K), values_K)
+    entries = writing.Entries([(weight, *case[1:]) for weight, case in zip(together, cases, strict=True)])
+    entries.add()
+    for weight, (_, indices_K, values_K), base_K in zip(alone, cases, entries.base, strict=True):
+        before_K = writing.gather(weight, indices_K)
+        assert before_K.nan_to_num().equal(base_K.nan_to_num())
+        writing.write_sum(weight, indices_K, before_K, values_K)
     assert all(a.nan_to_num().equal(b.nan_to_num()) for a, b in zip(together, alone, strict=True))
-    writing.scatter_all([(weight, indices_K, base_K) for weight, (_, indices_K, _), base_K in rows])
-    assert all(weight.equal(before) or bool(before.isnan().any()) for weight, (before, *_) in zip(together, cases, strict=True))
+    moved = [weight.clone() for weight in together]
+    for weights in (together, moved):  # where they were, and elsewhere
+        entries.put_back(weights)
+        assert all(w.nan_to_num().equal(before.nan_to_num()) for w, (before, *_) in zip(weights, cases, strict=True))
 
 
 def test_what_the_compiled_loops_cannot_take_goes_the_plain_way() -> None:

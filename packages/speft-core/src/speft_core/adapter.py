@@ -20,7 +20,7 @@ from .errors import UserError
 from .fingerprint import check_fingerprint, check_shape
 from .targets import base_parameters
 from .threads import each
-from .writing import gather_all, scatter_all, write_sums
+from .writing import Entries
 
 SMALL = 1 << 21  # entries below which threads cost more than they save
 
@@ -75,20 +75,22 @@ class SparseAdapter:
             check_shape(name, parameters[name], tuple(tensor.shape), self._base)
         return parameters
 
-    def _entries(
-        self, parameters: Mapping[str, nn.Parameter], check_base: bool
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """name -> indices_K and base_K on the weight's device, the latter compared with the fingerprint."""
-        places = [(parameters[name], delta.indices_K.to(parameters[name].device)) for name, delta in self.deltas.items()]
-        found = {n: (i, base_K) for n, (_, i), base_K in zip(self.deltas, places, gather_all(places), strict=True)}
+    def _entries(self, parameters: Mapping[str, nn.Parameter], check_base: bool) -> Entries:
+        """The entries of the base, in the order of the deltas, compared with the fingerprint."""
+        places = []
+        for name, delta in self.deltas.items():
+            weight = parameters[name]
+            here = delta if delta.indices_K.device == weight.device == delta.values_K.device else delta.to(device=weight.device)
+            places.append((weight, here.indices_K, here.values_K))
+        entries = Entries(places)
 
-        def compare(name: str) -> None:
-            record, base_K = self.fingerprint.get(name), found[name][1]
-            check_fingerprint(name, parameters[name], self.deltas[name], record, self._base, base_K)
+        def compare(found: tuple[str, torch.Tensor]) -> None:
+            name, base_K = found
+            check_fingerprint(name, parameters[name], self.deltas[name], self.fingerprint.get(name), self._base, base_K)
 
         if check_base:
-            each(compare, found, small=self.nnz < SMALL)
-        return found
+            each(compare, zip(self.deltas, entries.base, strict=True), small=self.nnz < SMALL)
+        return entries
 
     @property
     def _base(self) -> str:
@@ -132,17 +134,11 @@ class SparseAdapter:
 class Applied:
     """An adapter that sits in a model. Several may be stacked; they come off in the reverse order."""
 
-    def __init__(
-        self,
-        adapter: SparseAdapter,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        saved: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
-        """Write. `parameters`: the model's, by name. `saved`: name -> indices_K and base_K of each delta, on the weight's device."""
-        self._model, self._saved = model, saved
+    def __init__(self, adapter: SparseAdapter, model: nn.Module, parameters: Mapping[str, nn.Parameter], entries: Entries) -> None:
+        """Write. `parameters`: the model's, by name. `entries`: what the deltas of `adapter` change in them, in order."""
+        self._model, self._names, self._entries = model, list(adapter.deltas), entries
         self._saved_dense = {n: parameters[n].detach().clone() for n in adapter.dense}
-        write_sums([(parameters[n], *held, adapter.deltas[n].values_K.to(parameters[n].device)) for n, held in saved.items()])
+        entries.add()
         for name, tensor in adapter.dense.items():
             parameters[name].data.copy_(tensor)
         self._stack: list[Applied] = model.__dict__.setdefault("_speft_applied", [])
@@ -155,9 +151,8 @@ class Applied:
         if self._stack[-1] is not self:
             raise UserError("adapters come off in the reverse order: restore the one applied last first")
         parameters = base_parameters(self._model)
-        saved = ((parameters[name], *held) for name, held in self._saved.items())
-        scatter_all([(w, indices_K.to(w.device), base_K.to(w.device)) for w, indices_K, base_K in saved])
+        self._entries.put_back([parameters[name] for name in self._names])
         for name, tensor in self._saved_dense.items():
             parameters[name].data.copy_(tensor)
         self._stack.pop()
-        self._saved, self._saved_dense = {}, {}
+        del self._entries, self._saved_dense

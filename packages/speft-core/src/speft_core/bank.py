@@ -18,7 +18,7 @@ from torch import nn
 from .adapter import SparseAdapter
 from .errors import UserError, nearest
 from .targets import base_parameters
-from .writing import add_values, gather, scatter_all
+from .writing import add_values, gather, scatter
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,15 @@ class AdapterBank:
         parameters = base_parameters(self.model)
         if self._active is not None:
             old = self._entries[self._active]
-            scatter_all([(parameters[weight], indices_K, base_K) for weight, (indices_K, base_K, _) in old.sparse.items()])
+            for weight, (indices_K, base_K, _) in old.sparse.items():
+                scatter(parameters[weight], indices_K, base_K)
             for weight in old.dense:
                 parameters[weight].data.copy_(self._base_dense[weight])
             self._stack.pop()
         if name is not None:
             new = self._entries[name]
-            scatter_all([(parameters[weight], indices_K, sum_K) for weight, (indices_K, _, sum_K) in new.sparse.items()])
+            for weight, (indices_K, _, sum_K) in new.sparse.items():
+                scatter(parameters[weight], indices_K, sum_K)
             for weight, tensor in new.dense.items():
                 parameters[weight].data.copy_(tensor)
             self._stack.append(self)

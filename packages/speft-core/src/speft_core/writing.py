@@ -6,6 +6,7 @@ Shape suffixes: K kept entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -22,17 +23,19 @@ def flat_view(weight: torch.Tensor) -> torch.Tensor:
 
 def gather(weight: torch.Tensor, indices_K: torch.Tensor) -> torch.Tensor:
     """A copy of the K entries of `weight` at `indices_K`, in the weight's dtype."""
-    return gather_all([(weight, indices_K)])[0]
+    base_K = torch.empty(indices_K.numel(), dtype=weight.dtype, device=weight.device)
+    _run("take", [(weight, indices_K, base_K, None)])
+    return base_K
 
 
 def scatter(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor) -> None:
     """Write `entries_K` (any dtype, rounded to the weight's) at `indices_K` of `weight`, in place."""
-    scatter_all([(weight, indices_K, entries_K)])
+    _run("put", [(weight, indices_K, entries_K.to(weight.dtype), None)])
 
 
 def write_sum(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
     """weight[indices] = add_values(base, values), in place."""
-    write_sums([(weight, indices_K, base_K, values_K)])
+    _run("add", [(weight, indices_K, base_K, values_K)])
 
 
 def add_values(base_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
@@ -43,50 +46,58 @@ def add_values(base_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
     return (base_K.to(wide) + values_K.detach().to(wide)).to(base_K.dtype)
 
 
-# Of many tensors at once, no two of one weight: one compiled loop for those that it takes, PyTorch's operators for the others,
-# with the same bits.
+class Entries:
+    """The entries of many weights, read, changed and put back together; no two of one weight.
+
+    places: (weight, indices_K, values_K) of each, on one device. base: the weights' own entries, read at once.
+    """
+
+    def __init__(self, places: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        changes = [(w, i_K, torch.empty(i_K.numel(), dtype=w.dtype, device=w.device), v_K) for w, i_K, v_K in places]
+        self._changes, self._at = changes, [(w.data_ptr(), w.dtype) for w, *_ in changes]
+        self._fast, self._slow = _split(changes)
+        _go("take", self._fast, self._slow)
+
+    @property
+    def base(self) -> list[torch.Tensor]:
+        """The entries as they were, [K] each, in the weights' dtypes."""
+        return [base_K for _, _, base_K, _ in self._changes]
+
+    def add(self) -> None:
+        """Write base + values."""
+        _go("add", self._fast, self._slow)
+
+    def put_back(self, weights: Sequence[torch.Tensor]) -> None:
+        """Write base, bit for bit. `weights`: what the model holds now, which may have moved to another device since."""
+        if [(w.data_ptr(), w.dtype) for w in weights] == self._at:
+            _go("put", self._fast, self._slow)
+            return
+        for weight, (_, indices_K, base_K, _) in zip(weights, self._changes, strict=True):
+            scatter(weight, indices_K.to(weight.device), base_K.to(weight.device))
 
 
-def gather_all(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """`gather` of each (weight, indices_K)."""
-    changes: list[native.Change] = [
-        (weight, indices_K, torch.empty(indices_K.numel(), dtype=weight.dtype, device=weight.device), None)
-        for weight, indices_K in places
-    ]
 
-    def plain(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, _: torch.Tensor | None) -> None:
-        # Twice as fast as with int32, the conversion included.
-        torch.index_select(flat_view(weight), 0, indices_K.long(), out=base_K)
-
-    _each("take", changes, plain)
-    return [base_K for _, _, base_K, _ in changes]
+def _run(what: str, changes: Sequence[native.Change]) -> None:
+    _go(what, *_split(changes))
 
 
-def scatter_all(entries: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-    """`scatter` of each (weight, indices_K, entries_K)."""
-
-    def plain(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor, _: torch.Tensor | None) -> None:
-        flat_view(weight).index_copy_(0, indices_K.long(), entries_K)
-
-    _each("put", [(w, indices_K, entries_K.to(w.dtype), None) for w, indices_K, entries_K in entries], plain)
+def _go(what: str, fast: native.Changes | None, slow: Sequence[native.Change]) -> None:
+    for change in slow:
+        PLAIN[what](*change)
+    if fast is not None:
+        fast.run(what)
 
 
-def write_sums(changes: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-    """`write_sum` of each (weight, indices_K, base_K, values_K)."""
-
-    def plain(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor | None) -> None:
-        assert values_K is not None
-        flat_view(weight).index_copy_(0, indices_K.long(), add_values(base_K, values_K).to(weight.dtype))
-
-    _each("add", changes, plain)
+def _split(changes: Sequence[native.Change]) -> tuple[native.Changes | None, list[native.Change]]:
+    """Those that one compiled loop takes, and those that are left to PyTorch's operators, which give the same bits."""
+    fast = [change for change in changes if native.writes(change)]
+    slow = [change for change in changes if not native.writes(change)] if len(fast) < len(changes) else []
+    return (native.Changes(fast) if fast else None), slow
 
 
-def _each(what: str, changes: Sequence[native.Change], plain: Callable[..., None]) -> None:
-    fast = []
-    for change in changes:
-        if native.writes(change):
-            fast.append(change)
-        else:
-            plain(*change)
-    if fast:
-        native.native_each(what, fast)
+# Indices as int64: twice as fast as with int32, the conversion included.
+PLAIN: dict[str, Callable[..., Any]] = {
+    "take": lambda w, i_K, base_K, _: torch.index_select(flat_view(w), 0, i_K.long(), out=base_K),
+    "put": lambda w, i_K, base_K, _: flat_view(w).index_copy_(0, i_K.long(), base_K),
+    "add": lambda w, i_K, base_K, v_K: flat_view(w).index_copy_(0, i_K.long(), add_values(base_K, v_K).to(w.dtype)),
+}

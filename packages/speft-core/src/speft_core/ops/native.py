@@ -195,7 +195,7 @@ Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def writes(change: Change) -> bool:
-    """Whether native_each takes (weight, indices_K, base_K, values_K or None): on the CPU, contiguous, of a length; int32 indices;
+    """Whether Changes takes (weight, indices_K, base_K, values_K or None): on the CPU, contiguous, of a length; int32 indices;
     fp32 or bf16, base in the weight's own."""
     weight, indices_K, base_K, values_K = change
     if indices_K.dtype != torch.int32 or base_K.dtype != weight.dtype or not weight.is_contiguous() or not fits(weight):
@@ -207,22 +207,23 @@ def writes(change: Change) -> bool:
     return all(t.numel() == count and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
-def native_each(what: str, changes: Sequence[Change]) -> None:
-    """Over many (weight, indices_K, base_K, values_K), side by side; check each with `writes` before. No two of one weight.
+class Changes:
+    """(weight, indices_K, base_K, values_K) of many tensors as native.c reads them; check each with `writes` before. No two of
+    one weight. Keeps the tensors alive, and holds as long as no weight moves."""
 
-    what: "take" copies the weight's entries into base, "put" copies base into the weight, "add" writes base + values, with the
-    bits of writing.add_values. IndexError for indices outside a weight: those are left out.
-    """
-    library = _load()[0]
-    assert library is not None
-    words = array("q")  # struct change of native.c: eight 64-bit words each
-    for weight, indices_K, base_K, values_K in changes:
-        words.extend(
-            (weight.data_ptr(), indices_K.data_ptr(), base_K.data_ptr(), 0 if values_K is None else values_K.data_ptr())
-        )
-        dtypes = (DTYPES[weight.dtype], 0 if values_K is None else DTYPES[values_K.dtype])
-        words.extend((indices_K.numel(), weight.numel(), *dtypes))
-    function = getattr(library, f"speft_{what}")
-    outside = function(ctypes.c_void_p(words.buffer_info()[0]), ctypes.c_int64(len(changes)), _threads())
-    if outside:
-        raise IndexError(f"{outside} indices lie outside their weights")
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._tensors, self._words = list(changes), array("q")  # struct change of native.c: eight 64-bit words each
+        for weight, indices_K, base_K, values_K in changes:
+            added = (0, 0) if values_K is None else (values_K.data_ptr(), DTYPES[values_K.dtype])
+            self._words.extend((weight.data_ptr(), indices_K.data_ptr(), base_K.data_ptr(), added[0]))
+            self._words.extend((indices_K.numel(), weight.numel(), DTYPES[weight.dtype], added[1]))
+
+    def run(self, what: str) -> None:
+        """Side by side: "take" copies the weights' entries into base, "put" copies base into the weights, "add" writes
+        base + values, with the bits of writing.add_values. IndexError for indices outside a weight: those are left out."""
+        library = _load()[0]
+        assert library is not None
+        start, count = ctypes.c_void_p(self._words.buffer_info()[0]), ctypes.c_int64(len(self._tensors))
+        outside = getattr(library, f"speft_{what}")(start, count, _threads())
+        if outside:
+            raise IndexError(f"{outside} indices lie outside their weights")
