@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 import speft_core as sc
+from speft_core.ops import native
+from speft_core.ops.plans import PLANS
+
+DTYPES = [torch.float32, torch.bfloat16]
+LINEAR = ["left.weight", "right.weight", "out.weight"]
+PLAN_NAMES = [p for p in (*PLANS, "auto") if p != "native" or not native.reason()]
 
 
 class Net(nn.Module):
@@ -84,3 +90,15 @@ def oracle_gradients(
         assert gradient is not None
         found[name] = gradient.reshape(-1)[indices_K.long()].clone()
     return found
+
+
+def train(tuner: sc.Tuner, model: nn.Module, steps: int, lr: float = 1e-2) -> list[float]:
+    """AdamW steps; returns the losses."""
+    optimizer, losses = torch.optim.AdamW(tuner.parameters(), lr=lr), []
+    for _ in range(steps):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

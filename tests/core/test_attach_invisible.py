@@ -7,25 +7,7 @@ import torch
 from torch import nn
 
 import speft_core as sc
-from attached import IDS, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask
-from speft_core.ops import native
-from speft_core.ops.plans import PLANS
-
-DTYPES = [torch.float32, torch.bfloat16]
-LINEAR = ["left.weight", "right.weight", "out.weight"]
-PLAN_NAMES = [p for p in (*PLANS, "auto") if p != "native" or not native.reason()]
-
-
-def train(tuner: sc.Tuner, model: nn.Module, steps: int, lr: float = 1e-2) -> list[float]:
-    """AdamW steps; returns the losses."""
-    optimizer, losses = torch.optim.AdamW(tuner.parameters(), lr=lr), []
-    for _ in range(steps):
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+from attached import IDS, LINEAR, PLAN_NAMES, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask, train
 
 
 def test_names_keys_modules_and_hooks_stay_as_they_were() -> None:

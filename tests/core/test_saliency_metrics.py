@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import pico
 import speft_core as sc
@@ -153,6 +154,32 @@ def test_grasp_by_finite_differences_in_fp32(architecture: str) -> None:
     joined = {"all": torch.cat([s.flatten() for s in ours.values()])}
     check(joined, {"all": torch.cat([oracle[n].flatten() for n in ours])}, 1e-3)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+class _Once(torch.autograd.Function):
+    """Twice its input; cannot be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * grad
+
+
+def test_grasp_says_why_it_took_finite_differences() -> None:
+    model = pico.llama()
+    model.model.norm.register_forward_hook(lambda module, args, output: _Once.apply(output))
+    batches, budget = oracles.dataset(model), sc.Budget(k=50)
+    mask = sc.find_mask(model, batches, "grasp", budget=budget)
+    finite = sc.find_mask(model, batches, "grasp", budget=budget, options={"hessian": "finite"})
+    assert mask.made["hessian"] == "finite" and "once_differentiable" in mask.made["reason"]
+    assert mask.indices.keys() == finite.indices.keys() and "reason" not in finite.made
+    assert all(torch.equal(indices, finite.indices[n]) for n, indices in mask.indices.items())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sc.find_mask(model, batches, "grasp", budget=budget, options={"hessian": "exact"})
 
 
 @pytest.mark.parametrize("architecture", MODELS)

@@ -26,7 +26,7 @@ def hessian_gradient(run: Pass, names: Sequence[str]) -> Statistics:
     Options. sign: −1 (the paper's, default) or +1 (the published code's). hessian: "exact" differentiates twice, with the
     gradients of all targets in one graph; "finite" takes central differences of the gradient along g, works with any
     attention and within a memory limit; "auto" is exact unless there is a memory limit or something in the model cannot be
-    differentiated twice. step: the difference's length relative to ‖θ‖ (default 5e-5: see STEP).
+    differentiated twice, whose message the mask then keeps. step: the difference's length relative to ‖θ‖ (default 5e-5: see STEP).
     """
     sign, hessian = run.options.get("sign", -1), run.options.get("hessian", "auto")
     if sign not in (-1, 1) or hessian not in HESSIANS:
@@ -37,9 +37,10 @@ def hessian_gradient(run: Pass, names: Sequence[str]) -> Statistics:
         try:
             product = _exact(run, names)
             run.notes["hessian"] = "exact"
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if hessian == "exact" or isinstance(error, torch.OutOfMemoryError):
                 raise
+            run.notes["reason"] = str(error).partition("\n")[0]
     if product is None:
         product = _finite(run, names)
         run.notes["hessian"] = "finite"
@@ -66,7 +67,16 @@ def _exact(run: Pass, names: Sequence[str]) -> Statistics:
         def along_gradient(loss: torch.Tensor) -> Sequence[torch.Tensor | None]:
             first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             products = [(g.to(v.dtype) * v).sum() for g, v in zip(first, gradient, strict=True) if g is not None]
-            return torch.autograd.grad(torch.stack(products).sum(), parameters, allow_unused=True)
+            # grad() would step over an operation that forbids a second derivative, and leave its part out; backward() meets its error.
+            kept = [p.grad for p in parameters]
+            try:
+                for parameter in parameters:
+                    parameter.grad = None
+                torch.stack(products).sum().backward()
+                return [p.grad for p in parameters]
+            finally:
+                for parameter, own in zip(parameters, kept, strict=True):
+                    parameter.grad = own
 
         return dict(zip(run.all_names, mean_of(along_gradient), strict=True))
 
