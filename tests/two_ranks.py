@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from speft_train import results
+from speft_train import cli, results
 from speft_train.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,18 @@ def end_of(ran: Path, number: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = [json.loads(line.removeprefix("RUN ")) for line in lines if line.startswith("RUN ")]
     assert len(found) > number, (ran / "stderr").read_text()[-3000:]
     return found[number]
+
+
+def as_one_process(ran: Path, name: str, number: int) -> dict[str, Any]:
+    """Train the run of that name and number in this process too: losses within 1e-5 at each step, equal bits on both ranks."""
+    end = end_of(ran, number)
+    assert end["code"] == 0, (ran / "stderr").read_text()[-3000:]
+    assert len(end["digests"]) == 2 and len(set(end["digests"])) == 1
+    cli.execute(ran / f"{name}-1.yaml", [], dry_run=False)
+    one, two = losses(ran / "one" / name), losses(ran / "two" / name)
+    assert len(one) == 6 and one[0] != one[-1]
+    assert two == pytest.approx(one, abs=1e-5)
+    return end
 
 
 def losses(folder: Path) -> list[float]:

@@ -131,7 +131,7 @@ def main() -> None:
     took, wanted = time.monotonic() - began, outcome(whole)
     for number in range(asked.moments):
         output = asked.folder / f"cut-{number}"
-        fault = (draw.randint(1, 3), draw.choice(PLACES)) if number % 3 == 2 else None
+        fault = (draw.randint(1, 3), draw.choice(PLACES)) if number % 3 == 1 else None
         at = None if fault else draw.uniform(0.1, 0.95) * took
         killed = wait(start(asked.config, output, free_port(), fault), None if at is None else time.monotonic() + at)
         reached = [f.name for f in checkpoints.found(output)] if output.is_dir() else []

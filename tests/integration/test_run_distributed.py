@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,33 +16,9 @@ import speft_core as sc
 from pico_run import make_config, make_model, random_masks_digest
 from speft_train import cli, results
 from speft_train.folder import RunFolder
+from two_ranks import LAUNCHER, LIGHT, NEEDS_LAUNCHER, RUN, as_one_process, end_of, free_port, losses, merged, run_all
 
-RUN = Path(__file__).parents[2] / "packages" / "speft-train" / "run.py"
-MANY = Path(__file__).parent / "many_runs.py"
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
-
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(shutil.which("deepspeed", path=str(Path(sys.executable).parent)) is None, reason="no launcher"),
-]
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(script: Path, *args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Start two ranks and wait for them."""
-    command = [*LAUNCHER, free_port(), str(script), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in results.read(RunFolder(folder))["history"] if "loss" in row]
+pytestmark = NEEDS_LAUNCHER
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-LIGHT = {"evaluate": {"enabled": False}}
 MICRO = {"train": {"per_device_train_batch_size": 2}}  # two accumulation steps on two ranks
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: (sections of both sides, sections of the distributed side)
@@ -75,14 +48,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def merged(*trees: dict[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for tree in trees:
-        for name, section in tree.items():
-            made[name] = {**made.get(name, {}), **section}
-    return made
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A folder with every case run by one process (one/NAME) and by two ranks in a single launch (two/NAME)."""
@@ -93,31 +58,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         config = make_config(folder / f"{name}-2.yaml", model, folder / "two" / name, **merged(both, theirs))
         runs.append([str(config), []])
     runs.append([runs[0][0], ["adapter.budget.k=99999999", f"output_dir={folder / 'two' / 'refused'}"]])
-    (folder / "runs.json").write_text(json.dumps(runs))
-    done = launch(MANY, str(folder / "runs.json"))
-    (folder / "stdout").write_text(done.stdout)
-    (folder / "stderr").write_text(done.stderr)
-    return folder
-
-
-def end_of(ran: Path, number: int) -> dict[str, Any]:
-    """What the run of that number printed at its end. A crash of one run leaves those before it."""
-    lines = (ran / "stdout").read_text().splitlines()
-    found = [json.loads(line.removeprefix("RUN ")) for line in lines if line.startswith("RUN ")]
-    assert len(found) > number, (ran / "stderr").read_text()[-3000:]
-    return found[number]
+    return run_all(folder, runs)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process_does(ran: Path, name: str) -> None:
     """Losses within 1e-5 in fp32 at each step; the same bits on both ranks, values and merged weights."""
-    end = end_of(ran, list(CASES).index(name))
-    assert end["code"] == 0, (ran / "stderr").read_text()[-3000:]
-    assert len(end["digests"]) == 2 and len(set(end["digests"])) == 1
-    cli.execute(ran / f"{name}-1.yaml", [], dry_run=False)
-    one, two = losses(ran / "one" / name), losses(ran / "two" / name)
-    assert len(one) == 6 and one[0] != one[-1]
-    assert two == pytest.approx(one, abs=1e-5)
+    end = as_one_process(ran, name, list(CASES).index(name))
     masks = [ran / side / name / "mask.safetensors" for side in ("one", "two")]
     if masks[0].exists():  # safetensors writes its metadata in any order: the files' bytes may differ
         assert sc.SparsityMask.load(masks[0]) == sc.SparsityMask.load(masks[1])
@@ -195,11 +142,10 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(tmp_path: P
     assert "Traceback" not in text
     saved = [f.name for f in (tmp_path / "cut").glob("checkpoint-*") if (f / "COMPLETE").is_file()]
     assert len(saved) == 1 and not (tmp_path / "cut" / "adapter").exists()
-    runs = [[str(whole), []], [str(cut), []]]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = launch(MANY, str(tmp_path / "runs.json"))
-    assert f"resumed from {saved[0]}" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "warm start" not in done.stdout
+    run_all(tmp_path, [[str(whole), []], [str(cut), []]])
+    said = (tmp_path / "stdout").read_text()
+    assert f"resumed from {saved[0]}" in said, said[-3000:] + (tmp_path / "stderr").read_text()[-3000:]
+    assert "warm start" not in said
     found = [results.read(RunFolder(tmp_path / name)) for name in ("whole", "cut")]
     assert found[0]["digest"] == found[1]["digest"]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

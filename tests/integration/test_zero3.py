@@ -12,7 +12,7 @@ import speft_core as sc
 from pico_run import make_config, make_model
 from speft_train import cli, results
 from speft_train.folder import RunFolder
-from two_ranks import LIGHT, NEEDS_LAUNCHER, end_of, losses, merged, run_all
+from two_ranks import LIGHT, NEEDS_LAUNCHER, as_one_process, end_of, losses, merged, run_all
 
 pytestmark = NEEDS_LAUNCHER
 
@@ -62,13 +62,7 @@ def result(ran: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_with_sharded_weights_train_as_one_process_does(ran: Path, name: str) -> None:
     """Losses within 1e-5 in fp32 at each step; the same bits on both ranks, and where only the sharding differs."""
-    end = end_of(ran, list(CASES).index(name))
-    assert end["code"] == 0, (ran / "stderr").read_text()[-3000:]
-    assert len(end["digests"]) == 2 and len(set(end["digests"])) == 1
-    cli.execute(ran / f"{name}-1.yaml", [], dry_run=False)
-    one, two = losses(ran / "one" / name), losses(ran / "two" / name)
-    assert len(one) == 6 and one[0] != one[-1]
-    assert two == pytest.approx(one, abs=1e-5)
+    as_one_process(ran, name, list(CASES).index(name))
     same = CASES[name][2]
     if same is not None:
         assert losses(ran / "two" / name) == losses(ran / "two" / same)
