@@ -117,8 +117,6 @@ def test_another_process_without_speft_gets_the_same_bits(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_that_stores_both_of_a_tied_pair(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = pico.llama(tied=True)
     model.save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "base/model.safetensors")
@@ -225,8 +223,11 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=match):
             export(tmp_path / "adapter", tmp_path / out, base=str(base) if base else None)
         assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(UserError, match="no checkpoint"):
-        export(tmp_path / "adapter", tmp_path / "thesis", force=True)
+    (tmp_path / "adapter/config.json").write_bytes((tmp_path / "base/config.json").read_bytes())  # as a run and push put it there
+    for folder in ("thesis", "adapter"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            export(tmp_path / "adapter", tmp_path / folder, force=True)
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     with pytest.raises(UserError, match="another base"):
         check_against(adapter, tmp_path / "other")
     assert export(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "other"), check_base=False).exists()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,21 +25,17 @@ def test_more_bytes_than_listed_are_not_written(published: LoopbackHub, target: 
 
 
 def test_more_bytes_than_announced_are_not_written(published: LoopbackHub, target: Path) -> None:
-    size = published.repos["alice/sst2"].commits[published.repos["alice/sst2"].branches["main"]].tree[WEIGHTS].size
     published.inject("flood", WEIGHTS, extra=1 << 20, announce=1 << 40)
     refuse(target, "more bytes came")
-    assert size < 1 << 20
 
 
 @pytest.mark.parametrize("name, size", [("README.md", 2 << 20), ("adapter_config.json", 100 << 20), (WEIGHTS, 1 << 40)])
 def test_listed_sizes_are_capped_by_kind(published: LoopbackHub, target: Path, name: str, size: int) -> None:
-    published.inject("tree", entries=[{"type": "file", "path": name, "size": size, "oid": "0" * 40}])
     files = [
         b.entry(p)
         for p, b in published.repos["alice/sst2"].commits[published.repos["alice/sst2"].branches["main"]].tree.items()
         if p != name
     ]
-    published.faults.clear()
     published.inject("tree", entries=[*files, {"type": "file", "path": name, "size": size, "oid": "0" * 40}], replace=True)
     refuse(target, "at most")
     assert not any("/resolve/" in path for _, path, _ in published.requests)
@@ -52,7 +48,7 @@ def test_the_sum_is_capped(published: LoopbackHub, target: Path) -> None:
 def test_a_full_disk_is_seen_before_anything_is_fetched(
     published: LoopbackHub, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((1, 1)) and type("U", (), {"free": 10})())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     refuse(target, "are free")
     assert not any("/resolve/" in path for _, path, _ in published.requests)
 

@@ -10,6 +10,7 @@ import pytest
 from speft_core import UserError
 from speft_train.config import METRICS, identity_dict, load_config, section_hash, to_yaml
 from speft_train.memory import bytes_of
+from speft_train.sweep_config import _axis
 
 SMALL = "output_dir: out\nmodel: {name: m}\ndata: {train: d.jsonl}\nadapter: {budget: {k: 10}}\n"
 
@@ -68,6 +69,13 @@ def test_all_that_the_core_can_do_can_be_configured(tmp_path: Path) -> None:
     ]:  # fmt: skip
         cfg = load_config(write(tmp_path, SMALL), [setting])
         assert load_config(write(tmp_path, to_yaml(cfg))) == cfg, setting
+
+
+def test_two_numbers_with_a_colon_are_text_as_the_documentation_writes_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 2:4 as 124, in base 60."""
+    assert load_config(write(tmp_path, SMALL), ["adapter.structure=2:4"]).adapter.structure == "2:4"
+    assert load_config(write(tmp_path, SMALL.replace("adapter: {", "adapter: {structure: 2:4, "))).adapter.structure == "2:4"
+    assert _axis("adapter.structure=2:4,rows,0x10") == ("adapter.structure", ["2:4", "rows", 16])
 
 
 def test_a_key_that_came_later_does_not_make_a_finished_run_another(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 from pico_run import make_config, make_model
 from speft_train import cli, label_rows
 from speft_train.sampler import GlobalBatches
+
+label_rows_loss = label_rows.next_token_loss
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +27,16 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"logging_steps": 6}, "loss"), ({"logging_steps": 6, "eval_strategy": "steps", "eval_steps": 5}, "loss"),
+     ({"logging_steps": 9}, "train_loss"), ({"logging_strategy": "no"}, "train_loss")],
+)  # fmt: skip
 def test_a_loss_that_is_not_finite_names_step_and_examples(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The log comes at step 6; the loss went wrong at step 4."""
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any], name: str,
+) -> None:  # fmt: skip
+    """The loss goes wrong at step 4 of 6: with its log after a validation, and after the last log, too."""
     calls, loss_of = [0], label_rows.next_token_loss
 
     def breaks(*args: object, **kwargs: object) -> torch.Tensor:
@@ -36,15 +46,31 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(
         return loss * float("nan") if calls[0] == 4 else loss
 
     monkeypatch.setattr(label_rows, "next_token_loss", breaks)
-    settings = {"logging_steps": 6, "save_strategy": "no"}
-    adapter = {"metric": "magnitude"}
     config = make_config(
-        tmp_path / "c.yaml", model, tmp_path / "run", train=settings, adapter=adapter, evaluate={"enabled": False}
-    )
+        tmp_path / "c.yaml", model, tmp_path / "run", train={**settings, "save_strategy": "no"}, data={"validation_from_train": 8},
+        adapter={"metric": "magnitude"}, evaluate={"enabled": False},
+    )  # fmt: skip
     assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
     told = one_line(capsys)
     examples = ", ".join(map(str, GlobalBatches(40, 8, 0).examples_of(4)))
-    assert f"loss is nan at step 4 of 6 (training examples {examples})" in told
+    assert f"error: {name} is nan at step 4 of 6 (training examples {examples})" in told
+
+
+def test_values_that_are_not_finite_are_not_saved_by_the_next_try_either(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last checkpoint holds them: the same command finds training over."""
+    monkeypatch.setattr(label_rows, "next_token_loss", lambda *args: 0.0 * math.inf * label_rows_loss(*args))
+    config = make_config(
+        tmp_path / "c.yaml", model, tmp_path / "run", train={"logging_steps": 9}, adapter={"metric": "magnitude"},
+        evaluate={"enabled": False},
+    )  # fmt: skip
+    assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
+    assert "train_loss is nan at step 1 of 6" in one_line(capsys)
+    assert (tmp_path / "run/checkpoint-6/COMPLETE").is_file()
+    assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
+    assert "is not finite after training, so nothing is saved" in one_line(capsys)
+    assert not (tmp_path / "run/adapter").exists()
 
 
 def test_examples_of_a_step_are_those_of_the_order() -> None:
@@ -67,3 +93,18 @@ def test_out_of_memory_names_a_micro_batch(
     )
     assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
     assert "training ran out of memory; by the plan, set train.per_device_train_batch_size=4 (now 8)" in one_line(capsys)
+
+
+def test_out_of_memory_where_there_is_no_plan(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a head alone nothing is planned; the run still ends in one line."""
+
+    def fails(*args: object, **kwargs: object) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(label_rows, "next_token_loss", fails)
+    adapter = {"method": "head", "train_dense": ["model.norm.weight"]}
+    config = make_config(tmp_path / "c.yaml", model, tmp_path / "run", adapter=adapter, evaluate={"enabled": False})
+    assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
+    assert "set a smaller train.per_device_train_batch_size" in one_line(capsys)

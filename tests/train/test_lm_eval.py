@@ -82,6 +82,24 @@ def test_base_adapted_and_exported_side_by_side(tmp_path: Path, data: Path, trai
     assert len(answers) == 4 and [a["resps"] for a in answers] != [a["resps"] for a in again]
 
 
+def test_a_column_that_is_done_stays_when_the_next_one_fails(
+    tmp_path: Path, data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = run._score
+
+    def fails(model: Any, *rest: Any) -> Any:
+        if (tmp_path / "out/eval.json").exists():
+            raise RuntimeError("out of memory")
+        return score(model, *rest)
+
+    monkeypatch.setattr(run, "_score", fails)
+    settings = run.Settings(tasks=["gsm8k"], num_fewshot=0, limit=1, data=data, output=tmp_path / "out")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.evaluate([str(trained / "run")], settings, Console(quiet=True))
+    assert list(json.loads((tmp_path / "out/eval.json").read_text())["columns"]) == ["base"]
+    assert (tmp_path / "out/samples-base-gsm8k.jsonl").is_file() and "| base |" in (tmp_path / "out/eval.md").read_text()
+
+
 def test_code_is_generated_and_not_run_unless_asked(
     tmp_path: Path, data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +152,7 @@ def test_every_task_that_comes_along_names_its_files(tmp_path: Path, data: Path)
     [
         (["nowhere/at/all", "--tasks", "gsm8k"], "there is no such folder"),
         (["{run}", "--tasks", "gsm8k", "--data", "{run}/nowhere"], "--data must be a folder"),
+        (["{run}", "--tasks", "gsm8k", "--output", "{run}/config.yaml"], "--output must be a folder"),
         (["{run}", "--tasks", "none.yaml"], "none.yaml does not exist"),
         (["{run}", "--tasks", "mmul", "--data", "{data}"], "lm-eval has no task 'mmul'. Did you mean 'mmlu'?"),
         (["{run}/adapter/..", "--tasks", "gsm8k", "--model", "/nowhere", "--data", "{data}"], "model folder /nowhere does not exist"),

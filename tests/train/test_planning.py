@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import speft_core as sc
-from pico_run import make_config, make_model
+from pico_run import SIZES, make_config, make_model
 from speft_core import UserError
-from speft_train import cli, config, label_rows, planning
+from speft_train import cli, config, label_rows, models, plan, planning
 from speft_train.models import load_model
 from speft_train.planning import ZERO_STAGES, Planner, Setting
 
@@ -121,3 +123,30 @@ def test_mistakes_are_one_line(tmp_path: Path, model: Path, words: list[str], to
 def test_out_of_memory_names_a_smaller_micro_batch(cfg: config.RunConfig) -> None:
     assert planning.advice(cfg, 1, 1e12) == "train.per_device_train_batch_size=4 (now 8)"
     assert "activation_checkpointing" in str(planning.advice(cfg, 1, 1e3))
+
+
+def test_a_limit_on_the_accumulators_is_a_limit_in_the_plan(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
+    limited = Planner(replace(cfg, adapter=replace(cfg.adapter, memory_limit="1kB")), "sparse", LENGTH)
+    assert side["sparse"].accumulators == 4 * side["sparse"].pool > 1000 and limited.accumulators == 1000
+    assert side["sparse"].mask_peak() - limited.mask_peak() == side["sparse"].accumulators - 1000
+    assert side["lora"].accumulators == 0
+
+
+def test_the_dry_run_counts_as_the_plan_does(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
+    planner = side["sparse"]
+    counted = dict(plan.memory_rows(cfg, models.meta_model(cfg), planner.k, planner.pool, 1))
+    planned = planner.rows(0, Setting(length=LENGTH, micro=1, accumulation=2), 1)
+    assert counted["indices and base entries"] == planned["indices"]
+    assert all(counted[name] == planned[name] for name in ("weights", "gradients", "optimizer"))
+
+
+def test_a_model_that_needs_data_is_one_line(
+    tmp_path: Path, cfg: config.RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Experts are chosen by looking at the tokens, and their kernel wants bfloat16 where there is no data."""
+    tree = dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, vocab_size=260)
+    MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_attention_heads": 2, **tree})).save_pretrained(tmp_path / "m")
+    experts = replace(cfg, model=replace(cfg.model, name=str(tmp_path / "m")))
+    with pytest.raises(UserError, match="runs the model without data, which .* cannot do"):
+        planning.show(experts, 1, 80e9, 32, Console(quiet=True))
+    assert "Traceback" not in capfd.readouterr().err

@@ -10,11 +10,11 @@ from speft_core import UserError
 from speft_train import config, refusals
 
 
-def made(dtype: str = "float32", method: str = "sparse", deepspeed: dict[str, Any] | None = None, **train: Any) -> Any:
+def made(dtype: str = "float32", method: str = "sparse", deepspeed: dict[str, Any] | None = None, head: Any = None, **train: Any) -> Any:
     return config.from_mapping(
         {
             "output_dir": "out",
-            "model": {"name": "m", "dtype": dtype},
+            "model": {"name": "m", "dtype": dtype, "head": head},
             "data": {"train": "d.jsonl"},
             "adapter": {"method": method, "budget": {"k": 10}},
             "train": train,
@@ -44,6 +44,7 @@ REFUSED = [
     ),
     (dict(deepspeed={"config": {"zero_optimization": {"zero_hpz_partition_size": 2}}}), "zero_hpz_partition_size"),
     (dict(deepspeed={"config": {"optimizer": {"type": "AdamW"}}}, optim="adamw_torch"), "name two optimizers"),
+    (dict(deepspeed={"config": {"optimizer": {"type": "AdamW"}}}, head={"weight_decay": 0.0}), "model.head.weight_decay"),
 ]
 ALLOWED = [
     dict(),
@@ -55,6 +56,8 @@ ALLOWED = [
     dict(deepspeed={"zero_stage": 2}, dtype="bfloat16", bf16=True),
     dict(deepspeed={"zero_stage": 2}, method="full", bf16=True),
     dict(deepspeed={"zero_stage": 2, "offload_optimizer": "cpu"}),
+    dict(deepspeed={"zero_stage": 2}, head={"weight_decay": 0.0}),
+    dict(deepspeed={"config": {"optimizer": {"type": "AdamW"}}}),
 ]
 
 

@@ -42,7 +42,7 @@ def is_reference(text: str) -> bool:
 def parse(text: str) -> Reference:
     """Read `owner/name[@revision]` (the Hub) or `file:///folder/owner/name[@revision]` (a folder registry).
 
-    A literal `@` or other odd character in a folder's path is written percent-encoded.
+    A literal `@` or other odd character in a folder's path is written percent-encoded. UserError for what is neither.
     """
     address, at, revision = text.partition("@")
     if at and not REVISION.fullmatch(revision):

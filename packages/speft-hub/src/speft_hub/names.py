@@ -60,13 +60,13 @@ def check_size(name: str, size: int, where: str) -> None:
 def check_place(place: str | Path, force: bool, kind: str = "adapter", marker: str = CONFIG) -> Path:
     """The folder to write; UserError when it is a link or a file, holds something else, or holds a `kind` and is not to be replaced.
 
-    What has no file `marker` is no `kind`, and is never replaced.
+    What has no file `marker` is no `kind`, nor is an adapter a checkpoint for the base's config.json in it; neither is ever replaced.
     """
     place = Path(place)
     if place.is_symlink() or (place.exists() and not place.is_dir()):
         raise UserError(f"{place} is {'a link' if place.is_symlink() else 'a file'}; name a new folder")
     if place.exists() and any(place.iterdir()):
-        if not (place / marker).is_file():
+        if not (place / marker).is_file() or (marker != CONFIG and (place / CONFIG).exists()):
             raise UserError(f"{place} holds something that is no {kind} and is never replaced; name a new folder, or remove it")
         if not force:
             raise UserError(f"{place} holds another {kind}; pass --force to replace it, or name a new folder")

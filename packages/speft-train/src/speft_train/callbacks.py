@@ -56,10 +56,15 @@ class FiniteLoss(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The Trainer has averaged the loss over ranks and over the steps since the last log: all ranks see the same."""
+        """The Trainer has averaged the loss over ranks and over the steps since the last log: all ranks see the same.
+
+        Figures of a validation are logged too, and the mean over all steps at the end.
+        """
+        found = {name: value for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "train_loss")}
+        if not found:
+            return
         recent, self.recent = self.recent, []
-        for name in ("loss", "grad_norm"):
-            value = (logs or {}).get(name)
+        for name, value in found.items():
             if not isinstance(value, float) or math.isfinite(value):
                 continue
             bad = min((step for step, loss in recent if not math.isfinite(float(loss.mean()))), default=None)

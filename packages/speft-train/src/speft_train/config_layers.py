@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import get_yaml_loader  # 2.3 and 2.4 define it in different places
 from omegaconf.errors import OmegaConfBaseException
 
 from speft_core.errors import UserError
@@ -63,13 +64,23 @@ def _read_yaml(path: Path) -> DictConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from None
     try:
-        content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        content = read_value(text) if text.strip() else {}
+        if isinstance(content, dict):
+            return OmegaConf.create(content)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
-    # A single word is read as a mapping from it to nothing: tell it from `word:`.
-    if not isinstance(content, DictConfig) or (text.strip() and not isinstance(yaml.compose(text), yaml.MappingNode)):
-        raise UserError(f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}")
-    return content
+    raise UserError(f"config file {path} must hold a mapping of keys to values; got {text.strip().splitlines()[0]!r}")
+
+
+def read_value(text: str) -> Any:
+    """What a piece of YAML says, by OmegaConf's rules; but 2:4 is text, and not 124 in YAML 1.1's base 60. yaml.YAMLError."""
+    loader = get_yaml_loader()
+    loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+    return yaml.load(text, Loader=loader)
+
+
+def _whole_number(loader: Any, node: yaml.ScalarNode) -> Any:
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
 
 
 def _override_layer(overrides: Sequence[str]) -> DictConfig:
@@ -78,8 +89,11 @@ def _override_layer(overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"overrides must look like section.key=value; got {', '.join(map(repr, malformed))}")
     layer: Any = OmegaConf.create({})
     for item in overrides:
+        name, _, value = item.partition("=")
+        part: Any = OmegaConf.create({})
         try:
-            layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([item]))
+            OmegaConf.update(part, name, read_value(value))
+            layer = OmegaConf.merge(layer, part)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"override {item!r} cannot be read: {_one_line(error)}") from None
     assert isinstance(layer, DictConfig)

@@ -14,11 +14,8 @@ from speft_core.targets import base_parameters, resolve_targets
 from . import engine, methods, methods_peft, models, training_args
 from .config import RunConfig, batch_plan
 from .folder import RunFolder
+from .planning import GRADIENT, INDEX, LAYOUT, MASTER, MOMENTS, VALUE, accumulators
 from .stages import STAGES
-
-# Of float32: a value, its gradient, Adam's two moments, ZeRO's own copy of the values.
-VALUE, GRADIENT, MOMENTS, MASTER = 4, 4, 8, 4
-INDEX = 4
 
 
 def show(cfg: RunConfig, world: int, console: Console) -> None:
@@ -90,15 +87,15 @@ def memory_rows(cfg: RunConfig, model: Any, k: int, pool: int, world: int) -> li
     sharded = world if stage >= 1 else 1
     rows = [("weights", weights // (world if stage == 3 else 1))]
     if cfg.adapter.method == "sparse":
-        rows += [("values (float32)", VALUE * k), ("indices and base entries", (INDEX + size) * k)]
+        rows += [("values (float32)", VALUE * k), ("indices and base entries", (INDEX + LAYOUT + size) * k)]
     elif cfg.adapter.method in methods_peft.KINDS:
         rows.append((f"{cfg.adapter.method} matrices (float32)", VALUE * k))
     rows.append(("gradients", (size if cfg.adapter.method == "full" else GRADIENT) * k // (world if stage >= 2 else 1)))
     moments = 2 * size if cfg.adapter.method == "full" and stage == 0 else MOMENTS
     rows.append(("optimizer", (moments + (MASTER if stage >= 1 else 0)) * k // sharded))
     rows.append(("sum", sum(count for _, count in rows)))
-    if cfg.adapter.method == "sparse" and cfg.adapter.metric not in ("random", "magnitude") and not cfg.adapter.mask:
-        rows.append(("weights + saliency accumulators, before training", weights + 4 * pool))
+    if scores := accumulators(cfg.adapter, pool):
+        rows.append(("weights + saliency accumulators, before training", weights + scores))
     return rows
 
 

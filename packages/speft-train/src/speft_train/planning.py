@@ -7,7 +7,6 @@ come from a step on tensors without data (simulate.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +15,8 @@ from speft_core.errors import UserError
 from speft_core.targets import base_parameters, resolve_targets
 
 from . import engine, methods, methods_peft, models, simulate
-from .config import RunConfig, batch_plan
+from .config import AdapterSection, RunConfig, batch_plan
+from .memory import bytes_of
 
 GB = 1e9
 METHODS = ("sparse", "lora", "full")
@@ -67,7 +67,7 @@ class Planner:
         self.pool = sum(parameters[n].numel() for n in names)
         self.k = methods.trained_count(model, self.cfg, names)
         self.size = model.dtype.itemsize
-        self.scores = method == "sparse" and cfg.adapter.metric not in ("random", "magnitude") and not cfg.adapter.mask
+        self.accumulators = accumulators(self.cfg.adapter, self.pool)
         rank = methods_peft.lora_rank(model, self.cfg.adapter) if method == "lora" else 0
         self.what = simulate.Trained(density=self.k / self.pool, rank=rank)
         self.layers = int(getattr(model.config, "num_hidden_layers", 0))
@@ -118,15 +118,11 @@ class Planner:
         """Bytes on each GPU while training."""
         return sum(self.rows(stage, setting, micro).values())
 
-    def accumulators(self) -> int:
-        """Bytes of the saliency pass's accumulators, before training."""
-        return 4 * self.pool if self.scores else 0
-
     def mask_peak(self) -> int:
         """Bytes while the mask is found, whole weights at every stage: accumulators, and a step of the calibration batch; or 0."""
-        if not self.scores:
+        if not self.accumulators:
             return 0
-        return self.weights + self.accumulators() + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
+        return self.weights + self.accumulators + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
 
     def largest(self, stage: int, setting: Setting) -> int:
         """The largest micro-batch that fits; 0 when none does."""
@@ -146,6 +142,14 @@ class Planner:
         if self.method != "sparse":
             return VALUE * self.k
         return int((self.size + (0 if self.cfg.adapter.metric == "random" else SAVED_INDEX)) * self.k)
+
+
+def accumulators(section: AdapterSection, pool: int) -> int:
+    """Bytes of the saliency pass's accumulators on the device for `pool` targeted scalars: at most adapter.memory_limit."""
+    if section.method != "sparse" or section.metric in ("random", "magnitude") or section.mask:
+        return 0
+    limit = bytes_of(section.memory_limit)
+    return 4 * pool if limit is None else min(4 * pool, limit)
 
 
 def _line(first: simulate.Step, second: simulate.Step, steps: float) -> simulate.Step:
@@ -208,8 +212,8 @@ def _bytes_table(planner: Planner, setting: Setting) -> Table:
             table.add_row(what, *(f"{column[what] / GB:.3f}" for column in columns))
     table.add_section()
     table.add_row("while training", *(f"{sum(column.values()) / GB:.2f}" for column in columns))
-    if planner.scores:
-        table.add_row("saliency accumulators", *(f"{planner.accumulators() / GB:.3f}" for _ in columns))
+    if planner.accumulators:
+        table.add_row("saliency accumulators", *(f"{planner.accumulators / GB:.3f}" for _ in columns))
         table.add_row("while the mask is found", *(f"{planner.mask_peak() / GB:.2f}" for _ in ZERO_STAGES))
     return table
 
@@ -231,13 +235,18 @@ def _verdict(planner: Planner, stage: int, setting: Setting) -> str:
     return f"{peak / GB:.1f}, {'fits' if fits else 'too large'}, {largest or 'none'}"
 
 
-def advice(cfg: RunConfig, world: int, memory: float) -> str | None:
-    """For a run that went out of memory: the micro-batch that the plan holds possible, or what else would help."""
+def advice(cfg: RunConfig, world: int, memory: float) -> str:
+    """For a run that went out of memory: the micro-batch that the plan holds possible, or what else would help.
+
+    UserError for a method or a model that cannot be planned.
+    """
     stage = engine.zero_stage(cfg.deepspeed) if engine.is_enabled(cfg.deepspeed) else 0
     micro, accumulation = batch_plan(cfg, world)
     setting = Setting(gpus=world, memory=memory, length=cfg.data.max_length, micro=micro, accumulation=accumulation)
     method = "lora" if cfg.adapter.method in methods_peft.KINDS else cfg.adapter.method
-    planner: Any = Planner(cfg, method, setting.length)
+    if method not in METHODS:
+        raise UserError(f"a plan is for {', '.join(METHODS)}; got {method}")
+    planner = Planner(cfg, method, setting.length)
     largest = planner.largest(stage, setting)
     if largest >= micro:
         largest = micro // 2

@@ -27,6 +27,7 @@ class Setup:
     raw: dict[str, Any]  #: the DeepSpeed config
     train: dict[str, Any]
     changes_mask: bool = False
+    head_decay: bool = False  #: the head has a weight decay of its own
 
 
 # Keys of zero_optimization under which gathered weights are not the ones that were partitioned.
@@ -67,6 +68,10 @@ RULES: tuple[Rule, ...] = (
     (
         lambda s: s.deepspeed and "optimizer" in s.raw and s.train.get("optim") is not None,
         "train.optim and an optimizer block in deepspeed.config name two optimizers; keep one",
+    ),
+    (
+        lambda s: s.head_decay and "optimizer" in s.raw,
+        "model.head.weight_decay cannot reach the optimizer block of deepspeed.config, which has one weight decay; remove one of them",
     ),
     (
         lambda s: bool(s.raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) != 1),
@@ -113,6 +118,7 @@ def check(cfg: RunConfig, dtype: str | None = None) -> None:
         raw=raw,
         train=dict(cfg.train),
         changes_mask=cfg.adapter.dynamic.interval is not None,
+        head_decay=cfg.model.head.weight_decay is not None,
     )
     reasons = [reason for holds, reason in RULES if holds(setup)]
     if reasons:

@@ -9,15 +9,16 @@ Shape suffixes: B examples, T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -100,19 +101,24 @@ class Trained:
 def step(cfg: RunConfig, what: Trained, rows: int, length: int, layers: int | None = None) -> Step:
     """One step of `rows` x `length` tokens by the config's method, on the model or its first `layers` layers.
 
-    UserError where the model's code looks at its data.
+    UserError where the model's code cannot do without data: looks at it, or has kernels that are not known for such tensors.
     """
-    sized = replace(cfg, model=replace(cfg.model, attn_implementation=cfg.model.attn_implementation or "sdpa"))
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it writes the traceback of what is told in one line below
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = _empty_model(sized, layers)
+            model = _empty_model(cfg, layers)
             _adapt(model, cfg, what)
             return _run(model, cfg, rows, length)
-    except DataDependentOutputException as error:
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"a plan runs the model without data, and {cfg.model.name} looks at its data ({error}); measure a short run instead"
-        ) from None
+            f"a plan runs the model without data, which {cfg.model.name} cannot do ({reason}); measure a short run instead"
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 def _empty_model(cfg: RunConfig, layers: int | None) -> Any:

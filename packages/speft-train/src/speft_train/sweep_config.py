@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from speft_core.errors import UserError, nearest
 
 from .config import RunConfig, from_mapping
-from .config_layers import read_layers
+from .config_layers import read_layers, read_value
 
 KEYS = ("rows", "columns", "tune", "seeds", "vars")
 # Figures of results.json that a column may show, the first that a run has by default.
@@ -139,10 +139,9 @@ def _axis(item: str) -> tuple[str, list[Any]]:
     if not key.strip() or not text.strip():
         raise UserError(f"--grid must look like section.key=value,value; got {item!r}")
     try:
-        made: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"v=[{text}]"]))
-    except Exception:
+        return key.strip(), list(read_value(f"[{text}]"))
+    except yaml.YAMLError:
         raise UserError(f"--grid: {item!r} is not a list of values") from None
-    return key.strip(), list(made["v"])
 
 
 def _row_name(row: str, axes: Mapping[str, Any], values: Sequence[Any]) -> str:

@@ -77,6 +77,7 @@ def train(run: Run) -> Result:
     engine.gather_for_good(trainer.model_wrapped, run.attached.model)
     if run.attached.tuner is not None:
         run.attached.tuner.sync()
+    _require_finite(run)
     if changes is not None:
         result["dynamic"] = dynamic.finish(run, changes)
     result["digest"] = _same_on_all_ranks(run)
@@ -162,7 +163,8 @@ def _shares(run: Run, trainer: Any) -> Result:
         return {}
     scalars, state = engine.optimizer_share(trainer.optimizer)
     sharded = engine.is_enabled(run.cfg.deepspeed) and engine.zero_stage(run.cfg.deepspeed) >= 2
-    gradients = 4 * (scalars if sharded else run.attached.trainable)
+    size = max(p.element_size() for p in checkpoints.trainable(run.attached.model).values())
+    gradients = size * (scalars if sharded else run.attached.trainable)
     state, gradients, scalars = (max(run.ranks.gather(count)) for count in (state, gradients, scalars))
     run.say(
         f"  optimizer {state:,} bytes and gradients {gradients:,} bytes a rank, of {scalars:,} of {run.attached.trainable:,}"
@@ -183,7 +185,7 @@ def _out_of_memory(run: Run) -> Iterator[None]:
 
         try:
             advice = planning.advice(run.cfg, run.ranks.world, memory.total_bytes())
-        except UserError:  # a model that cannot be planned without data
+        except UserError:  # a method or a model that cannot be planned
             advice = "a smaller train.per_device_train_batch_size"
         raise UserError(f"training ran out of memory; by the plan, set {advice}") from error
 
@@ -218,6 +220,17 @@ def _checkpoint_to_resume(run: Run) -> Path | None:
 
     name = run.ranks.on_main(look)
     return None if name is None else run.folder.path / name
+
+
+def _require_finite(run: Run) -> None:
+    """UserError for values that went wrong after the last log, or in an earlier try of this run."""
+    assert run.attached is not None
+    bad = next((n for n, p in checkpoints.trainable(run.attached.model).items() if not torch.isfinite(p).all()), None)
+    if bad is not None:
+        raise UserError(
+            f"{bad} is not finite after training, so nothing is saved; remove {run.folder.path}, then lower train.learning_rate,"
+            " set train.max_grad_norm, or train in float32 (model.dtype=float32)"
+        )
 
 
 def _same_on_all_ranks(run: Run) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ def evaluate(paths: list[str], settings: Settings, console: Console | None = Non
     console = console or Console()
     if settings.data is not None and not settings.data.is_dir():
         raise UserError(f"--data must be a folder; {settings.data} is not one")
+    output = settings.output or _own_folder(paths)
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output must be a folder; {output} is a file")
     columns = subjects(paths, settings.model, settings.dtype)
     if settings.base:
         columns = [*bases(columns), *columns]
@@ -57,33 +60,38 @@ def evaluate(paths: list[str], settings: Settings, console: Console | None = Non
         names, foreign = local.prepare(settings.tasks, settings.data, Path(folder))
         manager = _manager(folder, foreign)
         local.check_foreign(names, manager.all_tasks, settings.data)
-        found, samples = _columns(columns, names, manager, settings, console)
-    made = {
-        "columns": found, "tasks": list(settings.tasks), "num_fewshot": settings.num_fewshot, "limit": settings.limit,
-        "seed": settings.seed, "versions": _versions(),
-    }  # fmt: skip
+        found: dict[str, Figures] = {}
+        made = {
+            "columns": found, "tasks": list(settings.tasks), "num_fewshot": settings.num_fewshot, "limit": settings.limit,
+            "seed": settings.seed, "versions": _versions(),
+        }  # fmt: skip
+        for column, result in _columns(columns, names, manager, settings, console):
+            found[column] = _figures(result)
+            if output is not None:  # it may have taken hours: it stays when a later column fails
+                _write(output, made, column, result.get("samples") or {})
     console.print(_table(found))
     if any(rows.GENERATED in key for tasks in found.values() for figures in tasks.values() for key in figures):
         console.print("Generated code was not run; --execute-code runs it, which gives pass@1.", highlight=False)
-    output = settings.output or _own_folder(paths)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        atomic_write(output / RESULTS, json.dumps(made, indent=1) + "\n")
-        atomic_write(output / TABLE, markdown(found))
-        for (column, task), lines in samples.items():
-            atomic_write(output / f"samples-{_slug(column)}-{task}.jsonl", lines)
-        console.print(f"wrote {output / RESULTS}, {output / TABLE}, {len(samples)} files of samples", highlight=False)
+        console.print(f"wrote {output / RESULTS}, {output / TABLE} and samples of what was answered", highlight=False)
     return made
+
+
+def _write(output: Path, made: Mapping[str, Any], column: str, samples: Mapping[str, Any]) -> None:
+    """The figures so far, and the answers of a column."""
+    for task, answers in samples.items():
+        lines = "".join(json.dumps(_sample(a), default=str) + "\n" for a in answers)
+        atomic_write(output / f"samples-{_slug(column)}-{task}.jsonl", lines)
+    atomic_write(output / RESULTS, json.dumps(made, indent=1) + "\n")
+    atomic_write(output / TABLE, markdown(made["columns"]))
 
 
 def _columns(
     columns: Sequence[Subject], names: list[str], manager: Any, settings: Settings, console: Console
-) -> tuple[dict[str, Figures], dict[tuple[str, str], str]]:
-    """Figures of each column, and what was answered; a base is loaded once for all columns that follow each other on it."""
+) -> Iterator[tuple[str, Any]]:
+    """(column, what lm-eval found) one by one; a base is loaded once for all columns that follow each other on it."""
     from .. import models
 
-    found: dict[str, Figures] = {}
-    samples: dict[tuple[str, str], str] = {}
     loaded: tuple[Any, Any] | None = None
     held = None
     for column in columns:
@@ -95,10 +103,7 @@ def _columns(
         console.print(f"[bold]{column.name}[/bold]: {column.adapter or column.cfg.model.name}", highlight=False)
         with applied(column, loaded[0]) as model:
             result = _score(model, loaded[1], names, manager, settings)
-        found[column.name] = _figures(result)
-        for task, answers in (result.get("samples") or {}).items():
-            samples[column.name, task] = "".join(json.dumps(_sample(a), default=str) + "\n" for a in answers)
-    return found, samples
+        yield column.name, result
 
 
 def _score(model: Any, tokenizer: Any, names: list[str], manager: Any, settings: Settings) -> Any:
