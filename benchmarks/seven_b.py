@@ -10,13 +10,14 @@ process's resident high-water mark in all, `training peak` that of the optimizer
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,18 @@ class _Widened(torch.autograd.Function):
         return grad_x.to(grad.dtype).view(*grad.shape[:-1], -1), None
 
 
+def _widened(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = _Widened.apply(x, weight_OI)
+    return y if bias_O is None else y + bias_O
+
+
 @contextmanager
-def usable_speed(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """On a CPU without bfloat16 products, the frozen linear layers (not `names`) compute in fp32; else nothing is changed."""
-    modules = [m for n, m in model.named_modules() if type(m) is nn.Linear and n.rpartition(".")[2] not in names]
-    modules = [m for m in modules if m.bias is None and slow_on_cpu(m.weight.dtype)]
+def usable_speed(model: nn.Module, known: Callable[[str], bool]) -> Iterator[None]:
+    """On a CPU without bfloat16 products, linear layers that speft does not compute (`known` by weight) do so in fp32."""
+    modules = [m for n, m in model.named_modules() if type(m) is nn.Linear and not known(f"{n}.weight")]
+    modules = [m for m in modules if slow_on_cpu(m.weight.dtype)]
     for module in modules:
-        module.forward = lambda x, weight=module.weight: _Widened.apply(x, weight)  # type: ignore[method-assign, misc]
+        module.forward = functools.partial(_widened, module.weight, module.bias)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -134,8 +140,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = {"input_ids": ids, "labels": ids}
     watched = model.model.layers[0].self_attn.q_proj.weight
     before = hashlib.sha256(watched.detach().view(torch.uint8).numpy()).hexdigest()
-    with usable_speed(model, TARGETS), tempfile.TemporaryDirectory() as folder:
-        with stages.stage("mask"):
+    with tempfile.TemporaryDirectory() as folder:
+        with stages.stage("mask"), usable_speed(model, lambda name: name.split(".")[-2] in TARGETS):
             mask = sc.find_mask(model, [batch], budget=sc.Budget(k=arguments.k), targets=TARGETS)
         assert mask.nnz == arguments.k
         with stages.stage("attach"):
@@ -143,7 +149,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-4)
         losses = []
         for number in range(1, 4):
-            with stages.stage(f"train: step {number}"):
+            with stages.stage(f"train: step {number}"), usable_speed(model, lambda name: name in tuner.values):
                 loss = model(**batch, use_cache=False).loss
                 losses.append(loss.item())
                 loss.backward()

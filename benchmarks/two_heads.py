@@ -1,6 +1,7 @@
-"""Two adapters trained apart, one body, one forward: SST-2 and CoLA on the bundled encoder, through the commands alone.
+"""Two adapters trained apart, one body, one forward: SST-2 and CoLA on a bundled model, through the commands alone.
 
     python benchmarks/two_heads.py --data DIR          DIR/sst2/{train,test}.jsonl, DIR/cola/{train,validation}.jsonl
+    python benchmarks/two_heads.py --data DIR --configs configs/two_heads_smollm2 --out runs/two_heads_smollm2
     python benchmarks/two_heads.py --data DIR --methods sum mean ties
 
 Trains (finished runs in --out are kept), pushes each adapter to a folder registry, makes the two-headed model from the two
@@ -30,7 +31,6 @@ from speft_train.evaluate.metrics import figures
 
 ROOT = Path(__file__).parents[1]
 TESTS = {"sst2": "test", "cola": "validation"}
-BASE = "bundled:minilm-l6"
 Scores = dict[str, dict[str, float]]
 
 
@@ -72,12 +72,12 @@ def forward_ratio(model: Any, heads: sc.MultiHeadModel, inputs: Any, rounds: int
     return statistics.median(times[0][rounds // 5 :]), statistics.median(times[1][rounds // 5 :])
 
 
-def train_and_push(data: Path, out: Path, overrides: list[str]) -> dict[str, str]:
+def train_and_push(data: Path, configs: Path, out: Path, overrides: list[str]) -> dict[str, str]:
     """Train what is not trained yet; the address of each adapter in the folder registry."""
     addresses = {}
     for task, split in TESTS.items():
         files = [f"data.{kind}={data / task / name}.jsonl" for kind, name in (("train", "train"), ("test", split))]
-        config = str(ROOT / f"configs/two_heads/{task}.yaml")
+        config = str(configs / f"{task}.yaml")
         command("speft-train", "run", config, *files, f"output_dir={out / task}", *overrides)
         addresses[task] = f"file://{(out / 'hub').resolve()}/me/{task}"
         command("speft-hub", "push", str(out / task / "adapter"), addresses[task], "--license", "apache-2.0")
@@ -100,10 +100,10 @@ def together(model: Any, folder: Path, parts: dict[str, Any], rounds: int) -> tu
         return found, forward_ratio(model, heads, parts["sst2"][len(parts["sst2"]) // 2][0], rounds)
 
 
-def features(model: Any, parts: list[tuple[Any, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head sees of each row, and the labels."""
+def features(model: Any, head: str, parts: list[tuple[Any, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the encoder's head sees of each row, and the labels."""
     seen: list[torch.Tensor] = []
-    hook = model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.get_submodule(head).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         with torch.no_grad():
             for inputs, _ in parts:
@@ -118,7 +118,7 @@ def refitted(folder: Path, out: Path, model: Any, parts: dict[str, Any]) -> Path
     body, (heads, kinds) = sc.SparseAdapter.load(folder), load_heads(folder)
     with body.applied(model):
         for task in TESTS:
-            x_ND, y_N = features(model, parts[task])
+            x_ND, y_N = features(model, "classifier", parts[task])
             weight_LD, bias_L = (heads[task][n].clone().requires_grad_() for n in ("classifier.weight", "classifier.bias"))
             optimizer = torch.optim.LBFGS([weight_LD, bias_L], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -141,6 +141,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/two_heads"))
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs/two_heads", help="a folder with sst2.yaml and cola.yaml")
     parser.add_argument("--methods", nargs="+", default=["sum"], help="merge methods, such as sum mean ties")
     parser.add_argument(
         "--refit", type=int, default=3000, help="training rows on which each head is fitted again; 0: not at all"
@@ -150,10 +151,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for both runs")
     asked = parser.parse_args(words)
     torch.set_num_threads(asked.threads)
-    addresses = train_and_push(asked.data, asked.out, asked.overrides)
-    place = bundled.folder(BASE)
-    model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2).eval()
+    addresses = train_and_push(asked.data, asked.configs, asked.out, asked.overrides)
+    place = bundled.folder(str(sc.SparseAdapter.load(asked.out / "sst2" / "adapter").config.base_model_name_or_path))
     tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2, pad_token_id=tokenizer.pad_token_id).eval()
     parts = {task: batches(rows_of(asked.data / task / f"{split}.jsonl"), tokenizer) for task, split in TESTS.items()}
     single = alone(model, asked.out, parts)
     print("| body | SST-2 accuracy | Matthews | CoLA accuracy | Matthews | worst change | forward / base |")
