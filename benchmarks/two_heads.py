@@ -2,11 +2,11 @@
 
     python benchmarks/two_heads.py --data DIR          DIR/sst2/{train,test}.jsonl, DIR/cola/{train,validation}.jsonl
     python benchmarks/two_heads.py --data DIR --configs configs/two_heads_smollm2 --out runs/two_heads_smollm2
-    python benchmarks/two_heads.py --data DIR --methods sum mean ties
+    python benchmarks/two_heads.py --data DIR --methods sum mean ties --refit 3000
 
 Trains (finished runs in --out are kept), pushes each adapter to a folder registry, makes the two-headed model from the two
-repositories, and prints accuracy and Matthews correlation of each task beside those of its own adapter, and the time of one
-forward beside the base model's (interleaved, medians).
+repositories, and prints accuracy and Matthews correlation of each task beside those of its own adapter, the time of one
+forward beside the base model's (interleaved, medians), and the norm of each change beside that of the weights it changes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import speft_core as sc
 from speft_core.multihead import load_heads
 from speft_train import bundled
+from speft_train.config import load_config
 from speft_train.evaluate.metrics import figures
 
 ROOT = Path(__file__).parents[1]
@@ -100,10 +101,22 @@ def together(model: Any, folder: Path, parts: dict[str, Any], rounds: int) -> tu
         return found, forward_ratio(model, heads, parts["sst2"][len(parts["sst2"]) // 2][0], rounds)
 
 
-def features(model: Any, head: str, parts: list[tuple[Any, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def moved(model: Any, out: Path) -> str:
+    """The norm of each adapter's change, over the norm of all the weights that it changes."""
+    parameters, told = dict(model.named_parameters()), []
+    for task in TESTS:
+        deltas = sc.SparseAdapter.load(out / task / "adapter").deltas
+        change = torch.stack([delta.values_K.double().norm() for delta in deltas.values()]).norm()
+        whole = torch.stack([parameters[name].double().norm() for name in deltas]).norm()
+        told.append(f"{task} moves {change:.1f} of {whole:.0f} ({change / whole:.2%})")
+    return ", ".join(told)
+
+
+def features(model: Any, parts: list[tuple[Any, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the encoder's head sees of each row, and the labels."""
     seen: list[torch.Tensor] = []
-    hook = model.get_submodule(head).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         with torch.no_grad():
             for inputs, _ in parts:
@@ -118,7 +131,7 @@ def refitted(folder: Path, out: Path, model: Any, parts: dict[str, Any]) -> Path
     body, (heads, kinds) = sc.SparseAdapter.load(folder), load_heads(folder)
     with body.applied(model):
         for task in TESTS:
-            x_ND, y_N = features(model, "classifier", parts[task])
+            x_ND, y_N = features(model, parts[task])
             weight_LD, bias_L = (heads[task][n].clone().requires_grad_() for n in ("classifier.weight", "classifier.bias"))
             optimizer = torch.optim.LBFGS([weight_LD, bias_L], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -143,23 +156,24 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/two_heads"))
     parser.add_argument("--configs", type=Path, default=ROOT / "configs/two_heads", help="a folder with sst2.yaml and cola.yaml")
     parser.add_argument("--methods", nargs="+", default=["sum"], help="merge methods, such as sum mean ties")
-    parser.add_argument(
-        "--refit", type=int, default=3000, help="training rows on which each head is fitted again; 0: not at all"
-    )
+    parser.add_argument("--refit", type=int, default=0, help="training rows on which an encoder's heads are fitted again")
     parser.add_argument("--rounds", type=int, default=60, help="forwards of each kind that are timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="key=value for both runs")
     asked = parser.parse_args(words)
     torch.set_num_threads(asked.threads)
-    addresses = train_and_push(asked.data, asked.configs, asked.out, asked.overrides)
-    place = bundled.folder(str(sc.SparseAdapter.load(asked.out / "sst2" / "adapter").config.base_model_name_or_path))
+    place = bundled.folder(load_config(asked.configs / "sst2.yaml", asked.overrides).model.name)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2, pad_token_id=tokenizer.pad_token_id).eval()
+    if asked.refit and not hasattr(model, "classifier"):
+        parser.error("--refit fits the heads of an encoder; this base has none")
+    addresses = train_and_push(asked.data, asked.configs, asked.out, asked.overrides)
     parts = {task: batches(rows_of(asked.data / task / f"{split}.jsonl"), tokenizer) for task, split in TESTS.items()}
     single = alone(model, asked.out, parts)
     print("| body | SST-2 accuracy | Matthews | CoLA accuracy | Matthews | worst change | forward / base |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     show("own adapter", single)
+    print(moved(model, asked.out), file=sys.stderr)
     for method in asked.methods:
         folder = asked.out / f"both_{method}"
         shutil.rmtree(folder, ignore_errors=True)

@@ -99,8 +99,7 @@ def test_without_it_the_other_plans_serve(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(values_K.grad, expected[name], rtol=1e-5, atol=1e-7)
 
 
+@needs_compiler
 def test_weights_it_does_not_take_are_refused_by_name() -> None:
-    if native.reason():
-        pytest.skip(native.reason())
     with pytest.raises(sc.UserError, match="it takes fp32 and bf16 weights on a CPU, not torch.float64 on cpu"):
         sc.attach(net(torch.float64), some_mask(net()), backward="native")

@@ -76,7 +76,6 @@ class Entries:
             scatter(weight, indices_K.to(weight.device), base_K.to(weight.device))
 
 
-
 def _run(what: str, changes: Sequence[native.Change]) -> None:
     _go(what, *_split(changes))
 

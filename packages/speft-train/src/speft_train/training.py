@@ -228,7 +228,7 @@ def _require_finite(run: Run) -> None:
     bad = next((n for n, p in checkpoints.trainable(run.attached.model).items() if not torch.isfinite(p).all()), None)
     if bad is not None:
         raise UserError(
-            f"{bad} is not finite after training, so nothing is saved; remove {run.folder.path}, then lower train.learning_rate,"
+            f"{bad} is not finite after training, so nothing is saved; in another output_dir, lower train.learning_rate,"
             " set train.max_grad_norm, or train in float32 (model.dtype=float32)"
         )
 

@@ -67,18 +67,24 @@ def _exact(run: Pass, names: Sequence[str]) -> Statistics:
         def along_gradient(loss: torch.Tensor) -> Sequence[torch.Tensor | None]:
             first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             products = [(g.to(v.dtype) * v).sum() for g, v in zip(first, gradient, strict=True) if g is not None]
-            # grad() would step over an operation that forbids a second derivative, and leave its part out; backward() meets its error.
-            kept = [p.grad for p in parameters]
-            try:
-                for parameter in parameters:
-                    parameter.grad = None
-                torch.stack(products).sum().backward()
-                return [p.grad for p in parameters]
-            finally:
-                for parameter, own in zip(parameters, kept, strict=True):
-                    parameter.grad = own
+            total = torch.stack(products).sum()
+            _require_derivative(total)
+            return torch.autograd.grad(total, parameters, allow_unused=True)
 
         return dict(zip(run.all_names, mean_of(along_gradient), strict=True))
+
+
+def _require_derivative(total: torch.Tensor) -> None:
+    """RuntimeError when an operation behind `total` forbids its derivative: grad() would step over it and leave its part out."""
+    seen, todo = set(), [total.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":  # what once_differentiable leaves in the graph
+            raise RuntimeError("an operation of the model cannot be differentiated twice")
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions]
 
 
 def _finite(run: Pass, names: Sequence[str]) -> Statistics:
