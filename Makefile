@@ -20,7 +20,7 @@ MODELS := packages/speft-train/requirements-models.txt
 help:
 	@echo "make demo        fine-tune the bundled model on a CPU and print what it learned (configs/quickstart.yaml)"
 	@echo "make test        all tests but those marked real"
-	@echo "make test-real   the tests that run the bundled models"
+	@echo "make test-real   the tests that run the bundled models, or take long, or need Triton"
 	@echo "make coverage    line and branch coverage of speft-core by its own tests"
 	@echo "make lint        ruff, mypy and the import rules"
 	@echo "make audit       known weaknesses of the pinned dependencies (needs the network)"
@@ -34,7 +34,9 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	@$(RUN) python -m pytest -m "not real" -n $(JOBS) $(ARGS)
 
+# Triton, 200 MB, runs on a CPU in its interpreter; PyTorch for GPUs brings it along.
 test-real: $(VENV)/.dev
+	@$(PIP_INSTALL) triton
 	@$(RUN) python -m pytest -m real $(ARGS)
 
 coverage: $(VENV)/.dev

@@ -118,7 +118,7 @@ def test_an_error_on_all_ranks_is_one_line(ran: Path) -> None:
     assert not (ran / "two" / "refused" / "mask.safetensors").exists()
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.real), 2])
 def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(tmp_path: Path, model: Path, stage: int) -> None:
     sections = {"deepspeed": {"zero_stage": stage}, "train": {"max_steps": 60, "save_steps": 1000}, **LIGHT}
     whole = make_config(tmp_path / "whole.yaml", model, tmp_path / "whole", **sections)

@@ -52,12 +52,32 @@ def test_how_it_runs_and_what_is_measured_may_change(tmp_path: Path, sections: d
 
 @pytest.mark.parametrize(("sections", "message"), OTHER)
 def test_a_run_of_another_config_is_refused_and_left_alone(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
-    RunFolder(tmp_path / "run").claim(made())
+    first = RunFolder(tmp_path / "run")
+    first.claim(made())
+    first.finish("mask", "key", {})
+    first.release()
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=message) as error:
         RunFolder(tmp_path / "run").claim(made(**sections))
     assert "output_dir=" in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_ended_at_once_is_in_nobodys_way(tmp_path: Path) -> None:
+    """As after a misspelled data file: only its config is there. A config that a person wrote there stays."""
+    first, second, place = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run"), tmp_path / "run" / "config.yaml"
+    first.claim(made())
+    with pytest.raises(UserError, match="in use by another run"):
+        second.claim(made(seed=1))
+    assert config.load_config(place) == made()
+    first.release()
+    second.claim(made(seed=1))
+    assert config.load_config(place) == made(seed=1)
+    second.release()
+    place.write_text(written := "# mine\n" + place.read_text())
+    with pytest.raises(UserError, match="holds a run of another config"):
+        RunFolder(tmp_path / "run").claim(made(seed=2))
+    assert place.read_text() == written
 
 
 def test_without_a_global_batch_the_micro_batch_counts() -> None:

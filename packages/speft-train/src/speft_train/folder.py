@@ -62,15 +62,22 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"output_dir {self.path} holds files that are not a run's (no {CONFIG}){other}")
         try:
-            theirs = identity(load_config(self.path / CONFIG))
+            found = load_config(self.path / CONFIG)
         except UserError as error:
             raise UserError(f"output_dir {self.path} holds a run that cannot be read ({error}){other}") from None
-        ours = identity(cfg)
+        if self._ended_at_once(found):
+            return
+        theirs, ours = identity(found), identity(cfg)
         differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if differ:
             shown = ", ".join(f"{k} is {_show(theirs.get(k))} there and {_show(ours.get(k))} here" for k in differ[:3])
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise UserError(f"output_dir {self.path} holds a run of another config ({shown}{more}){other}")
+
+    def _ended_at_once(self, found: RunConfig) -> bool:
+        """Whether a run wrote its config here and nothing else, as one whose data do not exist: any other may follow."""
+        alone = [file.name for file in self.path.iterdir()] == [CONFIG]
+        return alone and (self.path / CONFIG).read_text(encoding="utf-8") == to_yaml(found)
 
     def claim(self, cfg: RunConfig) -> None:
         """Make the folder this run's until `release`, or until the process ends; UserError while another run is in it."""
