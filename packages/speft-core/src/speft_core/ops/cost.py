@@ -12,7 +12,7 @@ import torch
 
 from . import native
 from .layout import Layout
-from .matmul import slow_on_cpu
+from .matmul import has_tiles, slow_on_cpu
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Rates:
     spread: float  #: moving one number into native.c's blocks
 
 
-CPU_FP32 = Rates(product=14, native=40, sampled=65, gather=850, spread=1000)  # measured; the others follow from it by estimate
-CPU_BF16 = Rates(product=5, native=40, sampled=65, gather=500, spread=1000)
+# Measured by benchmarks/plans.py: fp32 with AVX2 (and as good with AVX-512), bf16 with AVX-512. The others are estimates.
+CPU_FP32 = Rates(product=14, native=40, sampled=65, gather=850, spread=1000)
+CPU_BF16 = Rates(product=17, native=34, sampled=63, gather=1500, spread=540)
+CPU_TILES_BF16 = Rates(product=4, native=34, sampled=63, gather=1500, spread=540)
 CPU_SLOW_BF16 = Rates(product=80, native=40, sampled=65, gather=500, spread=1000)
 CUDA = Rates(product=0.01, native=1, sampled=0.5, gather=0.2, spread=1)
 
@@ -37,7 +39,9 @@ def rates_for(weight: torch.Tensor) -> Rates:
     if weight.device.type != "cpu":
         return CUDA
     if weight.dtype in (torch.bfloat16, torch.float16):
-        return CPU_SLOW_BF16 if slow_on_cpu(weight.dtype) else CPU_BF16
+        if slow_on_cpu(weight.dtype):
+            return CPU_SLOW_BF16
+        return CPU_TILES_BF16 if has_tiles() else CPU_BF16
     return CPU_FP32
 
 

@@ -25,12 +25,34 @@ def slow_on_cpu(dtype: torch.dtype) -> bool:
     return False
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU has AMX, whose bf16 product is many times faster than its fp32 one."""
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@functools.cache
+def wider_is_faster(dtype: torch.dtype) -> bool:
+    """Whether an fp32 product beats this CPU's own for `dtype`: where there is no kernel for it, and in bf16 on Intel's without AMX.
+
+    Their AVX-512 bf16 instructions multiply no faster than fp32 ones; the kernels around them are 1.4 to 1.6 times slower
+    (measured on a Xeon of the Sapphire Rapids generation; `python benchmarks/products.py`).
+    """
+    if slow_on_cpu(dtype):
+        return True
+    name = str(getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", ""))
+    return dtype == torch.bfloat16 and "Intel" in name and not has_tiles()
+
+
 def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """grad_TO @ weight_OI in grad's dtype. On a CPU without kernels for it: in fp32, a tile of the weight at a time.
+    """grad_TO @ weight_OI in grad's dtype. On a CPU where fp32 is faster: in fp32, a tile of the weight at a time.
 
     PyTorch's fallback runs a bf16 product at 1 to 2 GFLOP/s where the same CPU does 100 in fp32; sums are kept in fp32 either way.
     """
-    if grad_TO.device.type != "cpu" or not slow_on_cpu(grad_TO.dtype):
+    if grad_TO.device.type != "cpu" or not wider_is_faster(grad_TO.dtype):
         return grad_TO @ weight_OI.to(grad_TO.dtype)
     grad_x_TI = grad_TO.new_empty(grad_TO.shape[0], weight_OI.shape[1])
     wide_TO = grad_TO.float()

@@ -10,10 +10,17 @@
 #define TOKENS 64            /* tokens of a block: blocks of x^T and grad_y^T stay in the second-level cache */
 #define STRIDE (TOKENS + 16) /* an odd number of cache lines, so that rows of a block fall into different sets */
 #define ROWS 512             /* rows of grad_y^T formed at a time */
+#define LINE 16              /* numbers of a cache line */
+#ifdef __AVX512F__
+#define LANES 16 /* numbers of a register */
+#else
+#define LANES 8
+#endif
 
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t u8 __attribute__((vector_size(32)));
-typedef uint16_t h8 __attribute__((vector_size(16)));
 
 enum { F32 = 0, BF16 = 1 };
 
@@ -26,122 +33,139 @@ typedef struct {
 
 static inline float load(const void *data, int64_t at, int dtype) {
     if (dtype == F32) return ((const float *)data)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)data)[at] << 16;
+    uint32_t wide = (uint32_t)((const uint16_t *)data)[at] << 16;
     float value;
-    memcpy(&value, &bits, 4);
+    memcpy(&value, &wide, 4);
     return value;
 }
 
-static inline v8 load8(const void *data, int64_t at, int64_t step, int dtype) {
-    if (dtype == F32) {
-        const float *p = (const float *)data + at;
-        return (v8){p[0], p[step], p[2 * step], p[3 * step], p[4 * step], p[5 * step], p[6 * step], p[7 * step]};
-    }
-    const uint16_t *p = (const uint16_t *)data + at;
-    u8 bits = {p[0], p[step], p[2 * step], p[3 * step], p[4 * step], p[5 * step], p[6 * step], p[7 * step]};
-    bits <<= 16;
-    v8 value;
-    memcpy(&value, &bits, 32);
-    return value;
-}
-
-static inline v8 round8(v8 value, int dtype) {
+static inline vec rounded(vec value, int dtype) {
     if (dtype == F32) return value;
-    u8 bits;
-    memcpy(&bits, &value, 32);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    memcpy(&value, &bits, 32);
+    bits raw;
+    memcpy(&raw, &value, sizeof raw);
+    raw = (raw + 0x7fff + ((raw >> 16) & 1)) & 0xffff0000u;
+    memcpy(&value, &raw, sizeof raw);
     return value;
 }
 
-static inline v8 splat(float value) { return (v8){value, value, value, value, value, value, value, value}; }
+static inline vec splat(float value) { return value - (vec){0}; }
 
-/* Eight rows of eight become eight columns of eight. */
-static inline void turn8(v8 *r) {
-    v8 s[8], t[8];
-    for (int i = 0; i < 8; i += 2) {
-        s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+#define MIX __builtin_shufflevector
+
+/* LANES rows of LANES become as many columns. */
+static inline void turn(vec *r) {
+    vec s[LANES];
+#if LANES == 16
+#define LOW4(a, b) MIX(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH4(a, b) MIX(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW8(a, b) MIX(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH8(a, b) MIX(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define EVEN16(a, b) MIX(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD16(a, b) MIX(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#else
+#define LOW4(a, b) MIX(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH4(a, b) MIX(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW8(a, b) MIX(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH8(a, b) MIX(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#endif
+    for (int i = 0; i < LANES; i += 4) { /* four by four within each sixteen bytes */
+        vec a = LOW4(r[i], r[i + 1]), b = LOW4(r[i + 2], r[i + 3]);
+        vec c = HIGH4(r[i], r[i + 1]), d = HIGH4(r[i + 2], r[i + 3]);
+        s[i] = LOW8(a, b), s[i + 1] = HIGH8(a, b), s[i + 2] = LOW8(c, d), s[i + 3] = HIGH8(c, d);
     }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            t[i + 2 * j] = __builtin_shufflevector(s[i + j], s[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            t[i + 2 * j + 1] = __builtin_shufflevector(s[i + j], s[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    for (int i = 0; i < 4; i++) {
-        r[i] = __builtin_shufflevector(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        r[i + 4] = __builtin_shufflevector(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int m = 0; m < 4; m++) { /* then the sixteen bytes among each other */
+#if LANES == 16
+        vec a = EVEN16(s[m], s[4 + m]), b = EVEN16(s[8 + m], s[12 + m]);
+        vec c = ODD16(s[m], s[4 + m]), d = ODD16(s[8 + m], s[12 + m]);
+        r[m] = EVEN16(a, b), r[8 + m] = ODD16(a, b), r[4 + m] = EVEN16(c, d), r[12 + m] = ODD16(c, d);
+#else
+        r[m] = MIX(s[m], s[4 + m], 0, 1, 2, 3, 8, 9, 10, 11), r[4 + m] = MIX(s[m], s[4 + m], 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
     }
 }
 
-/* Eight neighbouring numbers. */
-static inline v8 row8(const void *data, int64_t at, int dtype) {
-    v8 value;
+/* Neighbouring numbers. */
+static inline vec neighbours(const void *data, int64_t at, int dtype) {
+    vec value;
     if (dtype == F32) {
-        memcpy(&value, (const float *)data + at, 32);
+        memcpy(&value, (const float *)data + at, sizeof value);
         return value;
     }
-    h8 half;
-    memcpy(&half, (const uint16_t *)data + at, 16);
-    u8 bits = __builtin_convertvector(half, u8) << 16;
-    memcpy(&value, &bits, 32);
+    halves half;
+    memcpy(&half, (const uint16_t *)data + at, sizeof half);
+    bits raw = __builtin_convertvector(half, bits) << 16;
+    memcpy(&value, &raw, sizeof value);
     return value;
 }
 
-/* A factor at tokens t .. t + 7 of the columns base .. base + 7: lanes[c] holds the tokens of column base + c. */
-static inline void lanes8(const factor *f, int64_t t, int64_t base, v8 *lanes) {
-    if (f->row == 0) {
-        for (int c = 0; c < 8; c++) lanes[c] = splat(load(f->data, (base + c) * f->col, f->dtype));
-    } else if (f->col == 0) {
-        v8 value = load8(f->data, t * f->row, f->row, f->dtype);
-        for (int c = 0; c < 8; c++) lanes[c] = value;
+/* A factor at the LANES tokens from t on and as many columns from `base` on: lanes[i] holds the columns of token t + i.
+ * Each loop of its own, so that nothing is decided within it. */
+static inline void factor_at(const factor *f, int64_t t, int64_t base, vec *lanes) {
+    if (f->col == 1 && f->dtype == F32) {
+        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, (t + i) * f->row + base, F32);
     } else if (f->col == 1) {
-        const char *ahead = (const char *)f->data + ((t + 16) * f->row + base) * (f->dtype == F32 ? 4 : 2);
-        for (int i = 0; i < 8; i++) {
-            __builtin_prefetch(ahead + i * f->row * (f->dtype == F32 ? 4 : 2)); /* too many rows for the hardware's own */
-            lanes[i] = row8(f->data, (t + i) * f->row + base, f->dtype);
-        }
-        turn8(lanes);
+        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, (t + i) * f->row + base, BF16);
+    } else if (f->col == 0) {
+        for (int i = 0; i < LANES; i++) lanes[i] = splat(load(f->data, (t + i) * f->row, f->dtype));
     } else {
-        for (int c = 0; c < 8; c++) lanes[c] = load8(f->data, t * f->row + (base + c) * f->col, f->row, f->dtype);
+        for (int i = 0; i < LANES; i++)
+            for (int c = 0; c < LANES; c++) lanes[i][c] = load(f->data, (t + i) * f->row + (base + c) * f->col, f->dtype);
     }
+}
+
+static inline void round_all(vec *lanes, int dtype) {
+    if (dtype == BF16)
+        for (int i = 0; i < LANES; i++) lanes[i] = rounded(lanes[i], BF16);
 }
 
 /* The product of the factors at one token and column. */
 static inline float one(const factor *factors, int n, int64_t t, int64_t column) {
-    v8 value = splat(0);
+    vec value = splat(0);
     for (int f = 0; f < n; f++) {
-        v8 next = splat(load(factors[f].data, t * factors[f].row + column * factors[f].col, factors[f].dtype));
-        value = round8(f ? value * next : next, factors[f].round);
+        vec next = splat(load(factors[f].data, t * factors[f].row + column * factors[f].col, factors[f].dtype));
+        value = rounded(f ? value * next : next, factors[f].round);
     }
     return value[0];
 }
 
 /* out[c * STRIDE + t] = product of the factors at (start + t, columns[c]); zero for t >= count. `width`: columns there are.
- * Columns are sorted: those within eight of each other are read as neighbours and turned in registers. */
+ * Columns are sorted: those within LANES of each other are read as neighbours and turned in registers. */
 static inline void transpose(const factor *factors, int n, int64_t start, int count, const int32_t *columns, int64_t wide,
                              int64_t width, float *out) {
-    int t = 0;
-    for (; width >= 8 && t + 8 <= count; t += 16) {
-        int last = t + 16 <= count ? t + 16 : t + 8; /* two eights: whole cache lines are written */
-        for (int64_t c = 0, next = 0; c < wide; c = next) {
-            int64_t base = columns[c] < width - 8 ? columns[c] : width - 8;
-            for (int u = t; u < last; u += 8) {
-                v8 lanes[8], more[8];
-                lanes8(factors, start + u, base, lanes);
-                for (int i = 0; i < 8; i++) lanes[i] = round8(lanes[i], factors[0].round);
-                for (int f = 1; f < n; f++) {
-                    lanes8(factors + f, start + u, base, more);
-                    for (int i = 0; i < 8; i++) lanes[i] = round8(lanes[i] * more[i], factors[f].round);
+    if (width < LANES || count < LANES) {
+        for (int64_t c = 0; c < wide; c++)
+            for (int t = 0; t < count; t++) out[c * STRIDE + t] = one(factors, n, start + t, columns[c]);
+    } else {
+        for (int t = 0; t < count; t += LINE) /* whole cache lines are written */
+            for (int64_t c = 0, next = 0; c < wide; c = next) {
+                int64_t base = columns[c] < width - LANES ? columns[c] : width - LANES;
+                for (int u = t; u < t + LINE && u < count; u += LANES) {
+                    int at = u < count - LANES ? u : count - LANES; /* the last ones overlap */
+                    vec lanes[LANES], more[LANES];
+                    factor_at(factors, start + at, base, lanes);
+                    round_all(lanes, factors[0].round);
+                    for (const factor *f = factors + 1; f < factors + n; f++) {
+                        factor_at(f, start + at, base, more);
+                        for (int i = 0; i < LANES; i++) lanes[i] *= more[i];
+                        round_all(lanes, f->round);
+                    }
+                    turn(lanes);
+                    for (next = c; next < wide && columns[next] < base + LANES; next++)
+                        memcpy(out + next * STRIDE + at, lanes + (columns[next] - base), sizeof(vec));
                 }
-                for (next = c; next < wide && columns[next] < base + 8; next++)
-                    memcpy(out + next * STRIDE + u, lanes + (columns[next] - base), 32);
             }
-        }
     }
-    if (width >= 8) t = count & ~7;
-    for (; t < TOKENS; t++)
-        for (int64_t c = 0; c < wide; c++) out[c * STRIDE + t] = t < count ? one(factors, n, start + t, columns[c]) : 0;
+    if (count < TOKENS)
+        for (int64_t c = 0; c < wide; c++) memset(out + c * STRIDE + count, 0, (TOKENS - count) * sizeof(float));
+}
+
+/* Sums of both halves, or the number itself. */
+static inline v8 narrow(vec a) {
+#if LANES == 16
+    return MIX(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + MIX(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    return a;
+#endif
 }
 
 static inline float sum8(v8 a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
@@ -152,32 +176,32 @@ static inline void row_entries(const float *grad, const float *x, const int32_t 
     for (; k + 4 <= count; k += 4) {
         const float *x0 = x + (int64_t)place[k] * STRIDE, *x1 = x + (int64_t)place[k + 1] * STRIDE;
         const float *x2 = x + (int64_t)place[k + 2] * STRIDE, *x3 = x + (int64_t)place[k + 3] * STRIDE;
-        v8 a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
-        for (int t = 0; t < TOKENS; t += 16) {
-            v8 g = *(const v8 *)(grad + t), h = *(const v8 *)(grad + t + 8);
-            a0 += g * *(const v8 *)(x0 + t);
-            a1 += g * *(const v8 *)(x1 + t);
-            a2 += g * *(const v8 *)(x2 + t);
-            a3 += g * *(const v8 *)(x3 + t);
-            b0 += h * *(const v8 *)(x0 + t + 8);
-            b1 += h * *(const v8 *)(x1 + t + 8);
-            b2 += h * *(const v8 *)(x2 + t + 8);
-            b3 += h * *(const v8 *)(x3 + t + 8);
+        vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
+        for (int t = 0; t < TOKENS; t += 2 * LANES) {
+            vec g = *(const vec *)(grad + t), h = *(const vec *)(grad + t + LANES);
+            a0 += g * *(const vec *)(x0 + t);
+            a1 += g * *(const vec *)(x1 + t);
+            a2 += g * *(const vec *)(x2 + t);
+            a3 += g * *(const vec *)(x3 + t);
+            b0 += h * *(const vec *)(x0 + t + LANES);
+            b1 += h * *(const vec *)(x1 + t + LANES);
+            b2 += h * *(const vec *)(x2 + t + LANES);
+            b3 += h * *(const vec *)(x3 + t + LANES);
         }
-        a0 += b0, a1 += b1, a2 += b2, a3 += b3; /* four sums of eight at once */
-        v8 low = __builtin_shufflevector(a0, a1, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(a0, a1, 1, 9, 3, 11, 5, 13, 7, 15);
-        v8 high = __builtin_shufflevector(a2, a3, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(a2, a3, 1, 9, 3, 11, 5, 13, 7, 15);
-        v8 sums = __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
+        v8 c0 = narrow(a0 + b0), c1 = narrow(a1 + b1), c2 = narrow(a2 + b2), c3 = narrow(a3 + b3); /* four sums of eight at once */
+        v8 low = MIX(c0, c1, 0, 8, 2, 10, 4, 12, 6, 14) + MIX(c0, c1, 1, 9, 3, 11, 5, 13, 7, 15);
+        v8 high = MIX(c2, c3, 0, 8, 2, 10, 4, 12, 6, 14) + MIX(c2, c3, 1, 9, 3, 11, 5, 13, 7, 15);
+        v8 sums = MIX(low, high, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
         for (int i = 0; i < 4; i++) out[k + i] += sums[i] + sums[i + 4];
     }
     for (; k < count; k++) {
         const float *x0 = x + (int64_t)place[k] * STRIDE;
-        v8 a = {0}, b = {0};
-        for (int t = 0; t < TOKENS; t += 16) {
-            a += *(const v8 *)(grad + t) * *(const v8 *)(x0 + t);
-            b += *(const v8 *)(grad + t + 8) * *(const v8 *)(x0 + t + 8);
+        vec a = {0}, b = {0};
+        for (int t = 0; t < TOKENS; t += 2 * LANES) {
+            a += *(const vec *)(grad + t) * *(const vec *)(x0 + t);
+            b += *(const vec *)(grad + t + LANES) * *(const vec *)(x0 + t + LANES);
         }
-        out[k] += sum8(a + b);
+        out[k] += sum8(narrow(a + b));
     }
 }
 

@@ -1,0 +1,59 @@
+"""The input gradient of a linear layer in bf16 against the same formed in fp32 and rounded: which one this CPU is faster at.
+
+    python benchmarks/products.py --tokens 1024 --rounds 15
+
+`ops/matmul.py` chooses by the kind of CPU, so that a run's bits do not depend on a stopwatch; this shows whether it chose well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from report import machine
+
+from speft_core.ops.matmul import wider_is_faster
+
+SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
+
+
+def milliseconds(forms: dict[str, Callable[[], torch.Tensor]], rounds: int) -> dict[str, float]:
+    """Median of each form, timed in turn after a round of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for number in range(rounds + 1):
+        for name, form in forms.items():
+            started = time.perf_counter()
+            form()
+            if number:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    print(machine(asked.threads))
+    print(f"chosen here: {'fp32, rounded' if wider_is_faster(torch.bfloat16) else 'bf16'}")
+    print("layer         bf16 ms   fp32, rounded ms   ratio")
+    for rows, columns in SHAPES:
+        grad_TO, weight_OI = torch.randn(asked.tokens, rows).bfloat16(), torch.randn(rows, columns).bfloat16()
+        found = milliseconds(
+            {
+                "bf16": lambda g=grad_TO, w=weight_OI: g @ w,
+                "fp32": lambda g=grad_TO, w=weight_OI: (g.float() @ w.float()).bfloat16(),
+            },
+            asked.rounds,
+        )
+        print(f"{rows:>5} x {columns:<5} {found['bf16']:8.2f} {found['fp32']:18.2f} {found['fp32'] / found['bf16']:7.2f}")
+
+
+if __name__ == "__main__":
+    main()
