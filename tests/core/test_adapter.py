@@ -186,6 +186,27 @@ def test_a_base_that_agreed_is_compared_again_each_time() -> None:
     assert same_bits(model, bits(Classifier(seed=1)))
 
 
+def test_what_passed_is_known_by_its_bits_and_its_record() -> None:
+    model = Classifier()
+    with torch.no_grad():
+        model.second.weight.zero_()
+    adapter, _ = trained(model)
+    with adapter.applied(model):
+        pass
+    adapter.check_base(model)
+    with torch.no_grad():
+        model.second.weight.neg_()  # equal numbers, other bits
+    with pytest.raises(sc.UserError, match=r"second\.weight"):
+        adapter.apply(model)
+    with torch.no_grad():
+        model.second.weight.neg_()
+    adapter.check_base(model)
+    record = adapter.fingerprint["second.weight"]
+    record["base_float32"] = record["base_float32"][::-1]
+    with pytest.raises(sc.UserError, match=r"second\.weight"):
+        adapter.apply(model)
+
+
 @pytest.mark.parametrize(("trained_in", "applied_in"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_the_same_base_in_another_dtype_is_recognised(trained_in: torch.dtype, applied_in: torch.dtype) -> None:
     adapter, _ = trained(Classifier().to(trained_in))

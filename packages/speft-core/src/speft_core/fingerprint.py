@@ -53,6 +53,27 @@ def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor) -> dict[str, Any]
     return record
 
 
+def _compared_in(record: dict[str, Any], dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which a weight of `dtype` is compared with the record's hash of entries; None where it has none to compare."""
+    return next((d for d in (dtype, torch.bfloat16) if _key(d) in record), None)
+
+
+def covers_entries(record: dict[str, Any] | None, dtype: torch.dtype) -> bool:
+    """Whether the check of a weight of `dtype` depends on its entries at the adapter's indices alone, and on all of them."""
+    return _compared_in(record or {}, dtype) is not None
+
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are of one dtype, shape and device and hold the same bits (-0.0 is not 0.0, a NaN is itself)."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    bits = _BITS[one.element_size()]
+    return torch.equal(one.view(bits), other.view(bits))
+
+
 def check_fingerprint(
     name: str, weight: torch.Tensor, delta: SparseDelta, record: dict[str, Any] | None, base: str, base_K: torch.Tensor
 ) -> None:
@@ -63,7 +84,7 @@ def check_fingerprint(
     """
     check_shape(name, weight, delta.shape, base)
     record = record or {}
-    dtype = next((dtype for dtype in (weight.dtype, torch.bfloat16) if _key(dtype) in record), None)
+    dtype = _compared_in(record, weight.dtype)
     if dtype is not None:
         same = entries_hash(base_K.to(dtype)) == record[_key(dtype)]
     else:

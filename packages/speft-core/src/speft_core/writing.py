@@ -53,14 +53,15 @@ class Entries:
     """
 
     def __init__(self, places: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-        changes = [(w, i_K, torch.empty(i_K.numel(), dtype=w.dtype, device=w.device), v_K) for w, i_K, v_K in places]
+        self.flat, base = _buffers(places)
+        changes = [(w, i_K, base_K, v_K) for (w, i_K, v_K), base_K in zip(places, base, strict=True)]
         self._changes, self._at = changes, [(w.data_ptr(), w.dtype) for w, *_ in changes]
         self._fast, self._slow = _split(changes)
         _go("take", self._fast, self._slow)
 
     @property
     def base(self) -> list[torch.Tensor]:
-        """The entries as they were, [K] each, in the weights' dtypes."""
+        """The entries as they were, [K] each, in the weights' dtypes: views of `flat`, which has one tensor for each dtype and device."""
         return [base_K for _, _, base_K, _ in self._changes]
 
     def add(self) -> None:
@@ -74,6 +75,16 @@ class Entries:
             return
         for weight, (_, indices_K, base_K, _) in zip(weights, self._changes, strict=True):
             scatter(weight, indices_K.to(weight.device), base_K.to(weight.device))
+
+
+def _buffers(places: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A tensor for each dtype and device of the weights, and each weight's part of one: few allocations, compared at once."""
+    sizes: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for weight, indices_K, _ in places:
+        sizes.setdefault((weight.dtype, weight.device), []).append(indices_K.numel())
+    flat = {kind: torch.empty(sum(counts), dtype=kind[0], device=kind[1]) for kind, counts in sizes.items()}
+    parts = {kind: iter(flat[kind].split(counts)) for kind, counts in sizes.items()}
+    return list(flat.values()), [next(parts[w.dtype, w.device]) for w, *_ in places]
 
 
 def _run(what: str, changes: Sequence[native.Change]) -> None:

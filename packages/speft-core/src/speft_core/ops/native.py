@@ -129,8 +129,7 @@ def reason() -> str:
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether the compiled code takes weights like this one (CPU, fp32 or bf16, 32-bit indices) and is there."""
-    small = weight.numel() < 2**31
-    return weight.device.type == "cpu" and weight.dtype in DTYPES and small and _load()[0] is not None
+    return weight.is_cpu and weight.dtype in DTYPES and weight.numel() < 2**31 and _load()[0] is not None
 
 
 def _threads() -> int:
@@ -200,11 +199,12 @@ def writes(change: Change) -> bool:
     weight, indices_K, base_K, values_K = change
     if indices_K.dtype != torch.int32 or base_K.dtype != weight.dtype or not weight.is_contiguous() or not fits(weight):
         return False
-    tensors = (indices_K, base_K) if values_K is None else (indices_K, base_K, values_K)
-    if values_K is not None and values_K.dtype not in DTYPES:
+    count = indices_K.numel()  # plain code: an adapter has hundreds of tensors, and is put on in milliseconds
+    if not (indices_K.is_cpu and base_K.is_cpu and base_K.numel() == count and indices_K.is_contiguous() and base_K.is_contiguous()):
         return False
-    count = indices_K.numel()
-    return all(t.numel() == count and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    if values_K is None:
+        return True
+    return values_K.dtype in DTYPES and values_K.is_cpu and values_K.numel() == count and values_K.is_contiguous()
 
 
 class Changes:
