@@ -6,10 +6,14 @@ Shape suffixes: O outputs, I inputs, T tokens, B columns of a tile.
 from __future__ import annotations
 
 import functools
+import math
+import threading
+from collections.abc import Sequence
 
 import torch
 
 TILE_ELEMENTS = 1 << 22  # elements of the weight widened at a time: 16 MB of fp32
+TILE_TOKENS = 1024  # tokens of grad_y widened at a time
 
 
 @functools.cache
@@ -48,15 +52,34 @@ def wider_is_faster(dtype: torch.dtype) -> bool:
 
 
 def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """grad_TO @ weight_OI in grad's dtype. On a CPU where fp32 is faster: in fp32, a tile of the weight at a time.
+    """grad_TO @ weight_OI in grad's dtype. On a CPU where fp32 is faster: in fp32, a tile at a time.
 
     PyTorch's fallback runs a bf16 product at 1 to 2 GFLOP/s where the same CPU does 100 in fp32; sums are kept in fp32 either way.
     """
     if grad_TO.device.type != "cpu" or not wider_is_faster(grad_TO.dtype):
         return grad_TO @ weight_OI.to(grad_TO.dtype)
-    grad_x_TI = grad_TO.new_empty(grad_TO.shape[0], weight_OI.shape[1])
-    wide_TO = grad_TO.float()
-    step = max(1, TILE_ELEMENTS // max(1, weight_OI.shape[0]))
-    for start in range(0, weight_OI.shape[1], step):
-        grad_x_TI[:, start : start + step] = wide_TO @ weight_OI[:, start : start + step].to(grad_TO.dtype).float()
+    if torch.is_grad_enabled() and grad_TO.requires_grad:  # a second derivative goes through here
+        return (grad_TO.float() @ weight_OI.to(grad_TO.dtype).float()).to(grad_TO.dtype)
+    (tokens, outputs), inputs = grad_TO.shape, weight_OI.shape[1]
+    grad_x_TI = grad_TO.new_empty(tokens, inputs)
+    step = max(1, TILE_ELEMENTS // max(1, outputs))
+    for left in range(0, inputs, step):
+        weight_OB = weight_OI[:, left : left + step].to(grad_TO.dtype)
+        wide_OB = _scratch("weight", weight_OB.shape).copy_(weight_OB)
+        for first in range(0, tokens, TILE_TOKENS):
+            part_TO = grad_TO[first : first + TILE_TOKENS]
+            wide_TO = _scratch("grad", part_TO.shape).copy_(part_TO)
+            product_TB = torch.mm(wide_TO, wide_OB, out=_scratch("product", (part_TO.shape[0], wide_OB.shape[1])))
+            grad_x_TI[first : first + TILE_TOKENS, left : left + step] = product_TB
     return grad_x_TI
+
+
+_local = threading.local()
+
+
+def _scratch(name: str, shape: Sequence[int]) -> torch.Tensor:
+    """An fp32 buffer of this thread, kept between calls: fresh pages for every layer cost as much as widening does."""
+    kept: dict[str, torch.Tensor] = _local.__dict__
+    if name not in kept or kept[name].numel() < math.prod(shape):
+        kept[name] = torch.empty(math.prod(shape))
+    return kept[name][: math.prod(shape)].view(*shape)

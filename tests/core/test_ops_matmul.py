@@ -1,0 +1,92 @@
+"""The input gradient of a linear layer: in fp32 where this CPU is faster so, with the same numbers whatever the tiles."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from speft_core.ops import matmul
+from speft_core.ops.matmul import grad_input
+
+WIDENED = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def widening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 16-bit product in fp32, in tiles smaller than the operands below."""
+    monkeypatch.setattr(matmul, "wider_is_faster", lambda dtype: dtype in WIDENED)
+    monkeypatch.setattr(matmul, "TILE_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(matmul, "TILE_TOKENS", 16)
+
+
+def operands(tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(tokens, outputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+
+
+@pytest.mark.usefixtures("widening")
+@pytest.mark.parametrize("dtype", WIDENED, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (16, 64, 8), (33, 19, 70), (50, 600, 17)])
+def test_widened_products_are_the_exact_ones_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    grad_TO, weight_OI = operands(*shape, dtype)
+    found = [grad_input(grad_TO, weight_OI) for _ in range(2)]
+    exact = grad_TO.double() @ weight_OI.double()
+    assert found[0].dtype == dtype
+    assert torch.equal(*found)
+    assert (found[0] - exact).abs().max() <= 2**-8 * exact.abs().max()
+    turned = grad_input(grad_TO, weight_OI.T.contiguous().T)  # as Conv1D keeps its weights
+    assert torch.equal(turned, found[0])
+
+
+@pytest.mark.usefixtures("widening")
+def test_results_are_not_the_buffers_that_later_calls_write() -> None:
+    grad_TO, weight_OI = operands(20, 30, 40, torch.bfloat16)
+    first = grad_input(grad_TO, weight_OI)
+    kept = first.clone()
+    grad_input(2 * grad_TO, weight_OI)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.usefixtures("widening")
+def test_threads_do_not_share_buffers() -> None:
+    work = [operands(24, 40, 56, torch.bfloat16) for _ in range(8)]
+    alone = [grad_input(*pair) for pair in work]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(alone, pool.map(lambda pair: grad_input(*pair), work), strict=True))
+
+
+@pytest.mark.usefixtures("widening")
+def test_a_second_derivative_passes_through() -> None:
+    grad_TO, weight_OI = operands(6, 5, 4, torch.bfloat16)
+    grad_TO.requires_grad_()
+    grad_input(grad_TO, weight_OI).sum().backward()
+    assert grad_TO.grad is not None
+    assert torch.allclose(grad_TO.grad, weight_OI.sum(1).expand(6, 5), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_wide_products_are_pytorchs_own(dtype: torch.dtype) -> None:
+    grad_TO, weight_OI = operands(20, 30, 40, dtype)
+    assert not matmul.wider_is_faster(dtype)
+    assert torch.equal(grad_input(grad_TO, weight_OI), grad_TO @ weight_OI)
+
+
+def test_a_cpu_without_kernels_is_always_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
+    assert matmul.wider_is_faster.__wrapped__(torch.bfloat16)
+    assert not matmul.wider_is_faster.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "widened"), [("Intel Xeon", False, True), ("Intel Xeon", True, False), ("AMD EPYC", False, False)]
+)
+def test_bf16_kernels_are_used_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, name: str, tiles: bool, widened: bool
+) -> None:
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: False)
+    monkeypatch.setattr(matmul, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    assert matmul.wider_is_faster.__wrapped__(torch.bfloat16) is widened
+    assert not matmul.wider_is_faster.__wrapped__(torch.float16)
