@@ -1,7 +1,10 @@
 """Peak memory of each rank over a whole run at ZeRO stage 3, stage by stage, beside the size of the model.
 
-    python benchmarks/zero3_memory.py                     2 gloo ranks, a random model of 411 MB in fp32, all linear layers scored
-    python benchmarks/zero3_memory.py --layers 4 --method full
+    python benchmarks/zero3_memory.py                            2 gloo ranks, a random model of 405 MB in fp32
+    python benchmarks/zero3_memory.py --memory-limit 1GB         the pass' sums in one pass: half the targets' fp32 bytes a rank
+    python benchmarks/zero3_memory.py --method lora
+
+Targets are all linear layers.
 
 Each stage (load, evaluate the base, mask, attach, train, save, evaluate) is the high-water mark of resident memory above the
 imports, on the rank that takes most. Prints a table; fails when a rank reaches --within of the model's bytes.
@@ -48,9 +51,9 @@ def make_model(folder: Path, layers: int, hidden: int) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def config_of(model: Path, output: Path, method: str, metric: str) -> dict[str, Any]:
+def config_of(model: Path, output: Path, method: str, limit: str) -> dict[str, Any]:
     """Two steps on short texts, so that weights are nearly all there is."""
-    adapter = {"method": method, "metric": metric, "targets": "all-linear", "budget": {"density": 0.005, "of": "targets"}}
+    adapter = {"method": method, "memory_limit": limit, "targets": "all-linear", "budget": {"density": 0.005, "of": "targets"}}
     return {
         "output_dir": str(output),
         "model": {"name": str(model), "dtype": "float32"},
@@ -90,11 +93,11 @@ def rank_of(config: Path) -> None:
     print("PEAKS " + json.dumps(peaks), flush=True)
 
 
-def run(folder: Path, layers: int, hidden: int, method: str, metric: str) -> tuple[int, list[dict[str, int]]]:
+def run(folder: Path, layers: int, hidden: int, method: str, limit: str) -> tuple[int, list[dict[str, int]]]:
     """(bytes of the model, for each rank its peaks by stage)."""
     size = make_model(folder / "model", layers, hidden)
     config = folder / "run.json"  # which is YAML too
-    config.write_text(json.dumps(config_of(folder / "model", folder / "run", method, metric)))
+    config.write_text(json.dumps(config_of(folder / "model", folder / "run", method, limit)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -113,7 +116,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--method", default="sparse")
-    parser.add_argument("--metric", default="gradient")
+    parser.add_argument("--memory-limit", default="60MB")
+    parser.add_argument("--json", type=Path, help="write the figures of both ranks there too")
     parser.add_argument("--within", type=float, default=0.9)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -122,7 +126,9 @@ def main() -> None:
         rank_of(options.config)
         return
     with tempfile.TemporaryDirectory(prefix="speft-zero3-") as folder:
-        size, ranks = run(Path(folder), options.layers, options.hidden, options.method, options.metric)
+        size, ranks = run(Path(folder), options.layers, options.hidden, options.method, options.memory_limit)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"model": size, "ranks": ranks}) + "\n", encoding="utf-8")
     print(f"model {size / 1e6:,.0f} MB in fp32; two ranks, MB above the imports on the rank that takes most\n")
     print("| stage | MB | of the model |\n|---|---|---|")
     for stage in ranks[0]:

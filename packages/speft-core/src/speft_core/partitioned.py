@@ -8,7 +8,7 @@ functions that gather are entered by all ranks in the same order, with the same 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,17 +82,23 @@ def _read_by(module: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def gathering(model: nn.Module) -> Iterator[None]:
+def gathering(model: nn.Module, start: Callable[[], None] | None = None) -> Iterator[None]:
     """Within it each module's partitioned parameters are whole while its forward runs, and again while its backward does.
 
     Between the two nothing whole is kept: what autograd saves of a gathered weight is gathered anew. The weights must not
-    require gradients. A module that reads another one's parameters fails, for those are empty then.
+    require gradients. A module that reads another one's parameters fails, for those are empty then. start: called before the
+    first gathering of each forward.
     """
     readers = [(module, parameters) for module in model.modules() if (parameters := _read_by(module))]
     users: Counter[Any] = Counter()
     held: dict[int, Any] = {}  # storage of a gathered weight -> the parameter
+    opening: list[nn.Module] = []  # the module that every forward starts with
 
-    def enter(parameters: list[Any]) -> None:
+    def enter(module: nn.Module, parameters: list[Any]) -> None:
+        if not opening:
+            opening.append(module)
+        if start is not None and module is opening[0]:
+            start()
         for parameter in parameters:
             users[parameter] += 1
             if is_absent(parameter):
@@ -101,7 +107,7 @@ def gathering(model: nn.Module) -> Iterator[None]:
 
     def leave(parameters: list[Any]) -> None:
         for parameter in parameters:
-            users[parameter] -= 1
+            users[parameter] = max(0, users[parameter] - 1)  # `start` may have ended the forward before it was counted
             if not users[parameter] and held.pop(parameter.data.untyped_storage().data_ptr(), None) is not None:
                 parameter.partition()
 
@@ -113,7 +119,7 @@ def gathering(model: nn.Module) -> Iterator[None]:
 
     hooks = []
     for module, parameters in readers:
-        hooks.append(module.register_forward_pre_hook(lambda _m, _x, p=parameters: enter(p)))
+        hooks.append(module.register_forward_pre_hook(lambda m, _x, p=parameters: enter(m, p)))
         hooks.append(module.register_forward_hook(lambda _m, _x, _y, p=parameters: leave(p), always_call=True))
     try:
         if not readers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -158,18 +158,43 @@ def shards_weights(section: DeepspeedSection, world: int) -> bool:
     return world > 1 and is_enabled(section) and zero_stage(section) == 3
 
 
-def partition(parameter: Any, section: DeepspeedSection) -> None:
-    """Cut a parameter into shards, of which each rank keeps its own; all ranks call this with rank 0's values to go by."""
+def cutter(section: DeepspeedSection) -> Callable[[Any], None]:
+    """What cuts a parameter into shards, of which each rank keeps its own; all ranks call it, and rank 0's values are taken."""
     import torch
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    zero = settings(section)["zero_optimization"]
-    offload = zero.get("offload_param", {})
-    holder = torch.nn.Module()
-    holder._parameters["weight"] = parameter
+    offload = settings(section)["zero_optimization"].get("offload_param", {})
     device = None if offload.get("device") in (None, "none") else offload["device"]
     pin = bool(device and offload.get("pin_memory", False))
-    Init(module=holder, mem_efficient_linear=False, remote_device=device, pin_memory=pin, dtype=parameter.dtype)
+
+    def cut(parameter: Any) -> None:
+        holder = torch.nn.Module()
+        holder._parameters["weight"] = parameter
+        Init(module=holder, mem_efficient_linear=False, remote_device=device, pin_memory=pin, dtype=parameter.dtype)
+
+    return cut
+
+
+@contextmanager
+def lean_linears(section: DeepspeedSection, world: int) -> Iterator[None]:
+    """Within it linear layers keep no gathered weight for backward: autograd would keep its transpose, all layers' at once.
+
+    DeepSpeed does this for good where it cuts up a model by itself; its linear rounds otherwise, so the base's evaluation and the
+    mask are computed without.
+    """
+    if not shards_weights(section, world):
+        yield
+        return
+    import torch
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    plain = torch.nn.functional.linear
+    if settings(section)["zero_optimization"].get("memory_efficient_linear", True):
+        Init(module=torch.nn.Module())  # of a module without parameters this is all it does
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = plain
 
 
 @contextmanager
@@ -190,11 +215,12 @@ def take_back(engine: Any, model: Any, ordinary: Iterable[Any]) -> None:
 
     Weights come back as they were partitioned, and stay so if the run holds them in shards.
     """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or the next model that is loaded would be partitioned by transformers
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     if offload is None:
         return
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     offload._remove_module_hooks()
     device = next((b.device for b in model.buffers()), None)
     for parameter in ordinary:
@@ -210,7 +236,6 @@ def take_back(engine: Any, model: Any, ordinary: Iterable[Any]) -> None:
     for module in model.modules():
         if "_original_parameters" in vars(module):
             module._parameters = module.__dict__.pop("_original_parameters")
-    unset_hf_deepspeed_config()  # or the next model that is loaded would be partitioned by transformers
 
 
 def optimizer_share(optimizer: Any) -> tuple[int, int]:

@@ -64,13 +64,16 @@ def about(model: Any, cfg: RunConfig) -> str:
 
 def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int = 1) -> None:
     """Give a fresh head its first values, the same for a seed."""
-    _start_weights(model, tokenizer, cfg, labels, world)
-    if cfg.model.head.bias == "labels" and labels.blind:
-        bias = _last(model).bias
-        if bias is None:
-            raise UserError(f"model.head.bias=labels needs a head with a bias; that of {cfg.model.name} has none: leave it at zero")
-        with torch.no_grad():
-            bias.copy_(torch.tensor(labels.blind))
+    with whole(_last(model).parameters(), change=True):  # that of a classifier's checkpoint lies in shards already
+        _start_weights(model, tokenizer, cfg, labels, world)
+        if cfg.model.head.bias == "labels" and labels.blind:
+            bias = _last(model).bias
+            if bias is None:
+                raise UserError(
+                    f"model.head.bias=labels needs a head with a bias; that of {cfg.model.name} has none: leave it at zero"
+                )
+            with torch.no_grad():
+                bias.copy_(torch.tensor(labels.blind))
 
 
 def _last(model: Any) -> nn.Linear:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,31 +40,29 @@ def loading(section: DeepspeedSection, world: int) -> Iterator[Callable[[Any], N
         yield lambda model: None
         return
 
-    def cut(_module: Any, _name: str, parameter: Any) -> None:
-        if parameter is not None and getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
-            _cut(parameter, section)
+    cut = engine.cutter(section)
 
-    def rest(model: Any) -> None:
-        for parameter in model.parameters():
-            _cut(parameter, section)
+    def arrived(_module: Any, _name: str, parameter: Any) -> None:
+        if parameter is not None and getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
+            rest([parameter])
+
+    def rest(parameters: Iterable[Any]) -> None:
+        for parameter in parameters:
+            if not is_partitioned(parameter):
+                parameter.data = parameter.data.contiguous()
+                cut(parameter)
 
     before = os.environ.get(ONE_AT_A_TIME)
     os.environ[ONE_AT_A_TIME] = "1"
-    hook = register_module_parameter_registration_hook(cut)
+    hook = register_module_parameter_registration_hook(arrived)
     try:
         with _without_maps():
-            yield rest
+            yield lambda model: rest(model.parameters())
     finally:
         hook.remove()
         del os.environ[ONE_AT_A_TIME]
         if before is not None:
             os.environ[ONE_AT_A_TIME] = before
-
-
-def _cut(parameter: Any, section: DeepspeedSection) -> None:
-    if not is_partitioned(parameter):
-        parameter.data = parameter.data.contiguous()
-        engine.partition(parameter, section)
 
 
 @contextmanager
@@ -98,34 +96,30 @@ def collected(parameters: Mapping[str, Any], keeps: bool) -> dict[str, torch.Ten
 def evaluating(model: Any, ranks: Ranks) -> Iterator[None]:
     """Within it each rank runs as many forwards as it likes; one that is through goes along with the others' until all are.
 
-    Before each forward the ranks tell each other whether they still have one of their own.
+    At the start of each forward the ranks tell each other whether it is one of their own.
     """
-    from .label_rows import unwrap
-
-    inner = unwrap(model)
-    if ranks.world == 1 or not any(is_partitioned(p) for p in inner.parameters()):
-        with gathering(model):
-            yield
+    if not any(is_partitioned(p) for p in model.parameters()):
+        yield
         return
     busy = True
 
-    def tell(_module: Any, _args: Any) -> None:
-        if busy:
-            ranks.any(True)
+    def start() -> None:
+        if not ranks.any(busy):
+            raise _AllAreThrough
 
-    body: Any = inner.base_model
-    hook = body.register_forward_pre_hook(tell, prepend=True)
-    try:
-        with gathering(model):
-            yield
-            busy = False
-            while ranks.any(False):
-                _go_along(model, inner)
-    finally:
-        hook.remove()
+    with gathering(model, start):
+        yield
+        busy = False
+        with suppress(_AllAreThrough):
+            while True:
+                _go_along(model)
+
+
+class _AllAreThrough(Exception):
+    """No rank has a forward of its own any more."""
 
 
 @torch.no_grad()
-def _go_along(model: Any, inner: Any) -> None:
-    ids = torch.full((1, 2), int(inner.config.pad_token_id == 0), device=inner.device)
+def _go_along(model: Any) -> None:
+    ids = torch.full((1, 2), int(model.config.pad_token_id == 0), device=model.device)
     model(input_ids=ids, attention_mask=torch.ones_like(ids))

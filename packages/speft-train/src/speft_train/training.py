@@ -151,7 +151,7 @@ def _of_task(run: Run) -> dict[str, Any]:
 def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
     if checkpoint is not None:
         run.note(f"  resumed from {checkpoint.name}")
-    with run.request.deferring(), _out_of_memory(run):
+    with run.request.deferring(), _out_of_memory(run), engine.lean_linears(run.cfg.deepspeed, run.ranks.world):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.warm_start:
         run.note(f"  warm start: {trainer.warm_start}; Adam's moments were not taken over and started at zero")

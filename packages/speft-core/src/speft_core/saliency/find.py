@@ -17,13 +17,13 @@ from ..random_mask import bernoulli_indices, random_indices, split_evenly
 from ..select import SCOPES, LazyScores
 from ..structured import Structure, matrix_shape
 from ..targets import Targets, base_parameters, parameter_shape, resolve_targets
-from .accumulate import wide_dtype
 from .calibration import Batch, Calibration, LossFn
 from .choose import Bound, Chooser
 from .memory import plan_groups
 from .metrics import Metric, Score, as_metric
 from .passes import SHARED, Pass
 from .peers import Peers
+from .sums import wide_dtype
 
 AnyMetric = str | Metric | Score | Mapping[str, torch.Tensor]
 

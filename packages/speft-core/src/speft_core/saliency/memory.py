@@ -10,7 +10,7 @@ from torch import nn
 
 from ..partitioned import own_part, shards_of
 from ..targets import base_parameters, parameter_shape
-from .accumulate import wide_dtype
+from .sums import wide_dtype
 
 
 def free_host_memory() -> int:

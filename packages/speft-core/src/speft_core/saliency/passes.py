@@ -16,8 +16,9 @@ from torch import nn
 
 from ..errors import UserError
 from ..targets import base_parameters, owners_of, parameter_shape
-from .accumulate import Accumulator, Examples, Rule, accumulating, frozen, is_batched, is_conv1d, wide_dtype
+from .accumulate import Examples, Rule, accumulating, frozen, is_batched, is_conv1d
 from .calibration import Batch, Calibration, batch_size, sequence_length, shares_of_examples
+from .sums import Accumulator, wide_dtype
 
 Statistics = dict[str, torch.Tensor]
 
