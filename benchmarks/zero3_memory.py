@@ -4,10 +4,11 @@
     python benchmarks/zero3_memory.py --memory-limit 1GB         the pass' sums in one pass: half the targets' fp32 bytes a rank
     python benchmarks/zero3_memory.py --method lora
 
-Targets are all linear layers.
+Targets are all linear layers; texts are short and one at a time, so that weights are nearly all there is.
 
-Each stage (load, evaluate the base, mask, attach, train, save, evaluate) is the high-water mark of resident memory above the
-imports, on the rank that takes most. Prints a table; fails when a rank reaches --within of the model's bytes.
+Each stage (load, evaluate the base, mask, attach, train, save, evaluate) is the high-water mark of resident memory, on the rank
+that takes most, above what is resident after the same run of a model of no size in the same processes, which loads all code.
+Prints a table; fails when a rank takes more than --within of the model's bytes.
 """
 
 from __future__ import annotations
@@ -51,31 +52,42 @@ def make_model(folder: Path, layers: int, hidden: int) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def config_of(model: Path, output: Path, method: str, limit: str) -> dict[str, Any]:
-    """Two steps on short texts, so that weights are nearly all there is."""
+def config_of(folder: Path, name: str, method: str, limit: str) -> Path:
+    """Two steps on short texts."""
+    rows = [{"question": f"{n}+{n % 7}?", "answer": f"#### {n + n % 7}"} for n in range(10, 30)]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = {"method": method, "memory_limit": limit, "targets": "all-linear", "budget": {"density": 0.005, "of": "targets"}}
-    return {
-        "output_dir": str(output),
-        "model": {"name": str(model), "dtype": "float32"},
-        "data": {"train": "bundled:word-problems", "train_size": 16, "test_size": 3, "max_length": 192},
-        "adapter": {**adapter, "calibration_examples": 6, "calibration_batch_size": 2},
+    tree = {
+        "output_dir": str(folder / f"run-{name}"),
+        "model": {"name": str(folder / name), "dtype": "float32"},
+        "data": {"train": str(data), "test": str(data), "max_length": 128},
+        "adapter": {**adapter, "calibration_examples": 3, "calibration_batch_size": 1},
         "train": {"global_batch_size": 2, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-4},
-        "evaluate": {"max_new_tokens": 2, "batch_size": 2},
+        "evaluate": {"max_new_tokens": 2, "batch_size": 2, "limit": 3},
         "deepspeed": {"zero_stage": 3, "config": RAW},
     }
+    config = folder / f"{name}.json"  # which is YAML too
+    config.write_text(json.dumps(tree))
+    return config
 
 
-def rank_of(config: Path) -> None:
-    """One rank: a run of which each stage is measured; prints {stage: bytes above the imports}."""
-    import deepspeed  # noqa: F401
+def rank_of(folder: Path) -> None:
+    """One rank: a run of which each stage is measured; prints {stage: bytes}."""
+    import gc
+
     import torch
-    import transformers  # noqa: F401
-    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from speft_train import cli, memory, stages
-    from speft_train import trainer as _  # noqa: F401
+    from speft_train import cli, engine, memory, stages
 
     torch.set_num_threads(1)
+    stop, engine.stop = engine.stop, lambda ranks: None  # the second run needs the process group of the first
+    cli.execute(folder / "nothing.json", [], dry_run=False)
+    engine.stop = stop
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    gc.collect()
     memory.reset_peak()
     before, peaks = memory.peak_bytes(), dict[str, int]()
 
@@ -89,21 +101,22 @@ def rank_of(config: Path) -> None:
         return replace(stage, work=work)
 
     stages.STAGES = tuple(measured(stage) for stage in stages.STAGES)
-    cli.execute(config, [], dry_run=False)
+    cli.execute(folder / "model.json", [], dry_run=False)
     print("PEAKS " + json.dumps(peaks), flush=True)
 
 
 def run(folder: Path, layers: int, hidden: int, method: str, limit: str) -> tuple[int, list[dict[str, int]]]:
     """(bytes of the model, for each rank its peaks by stage)."""
+    make_model(folder / "nothing", 1, 64)
     size = make_model(folder / "model", layers, hidden)
-    config = folder / "run.json"  # which is YAML too
-    config.write_text(json.dumps(config_of(folder / "model", folder / "run", method, limit)))
+    for name in ("nothing", "model"):
+        config_of(folder, name, method, limit)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, __file__]
     done = subprocess.run(
-        [*words, "--config", str(config)], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ENVIRONMENT}
+        [*words, "--folder", str(folder)], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ENVIRONMENT}
     )
     found = [json.loads(line.split("PEAKS ", 1)[1]) for line in done.stdout.splitlines() if "PEAKS " in line]
     assert len(found) == 2, done.stdout
@@ -119,17 +132,17 @@ def main() -> None:
     parser.add_argument("--memory-limit", default="60MB")
     parser.add_argument("--json", type=Path, help="write the figures of both ranks there too")
     parser.add_argument("--within", type=float, default=0.9)
-    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.config is not None:
-        rank_of(options.config)
+    if options.folder is not None:
+        rank_of(options.folder)
         return
     with tempfile.TemporaryDirectory(prefix="speft-zero3-") as folder:
         size, ranks = run(Path(folder), options.layers, options.hidden, options.method, options.memory_limit)
     if options.json is not None:
         options.json.write_text(json.dumps({"model": size, "ranks": ranks}) + "\n", encoding="utf-8")
-    print(f"model {size / 1e6:,.0f} MB in fp32; two ranks, MB above the imports on the rank that takes most\n")
+    print(f"model {size / 1e6:,.0f} MB in fp32; two ranks, MB on the rank that takes most\n")
     print("| stage | MB | of the model |\n|---|---|---|")
     for stage in ranks[0]:
         most = max(rank[stage] for rank in ranks)
