@@ -57,8 +57,8 @@ def rows() -> list[str]:
     setting = Setting(gpus=GPUS, length=LENGTH)
     heads = [f"{method}, stage {stage}" for method in METHODS for stage in STAGES]
     found = [
-        "| model | weights GB | k million | adapter MB | " + " | ".join(heads) + " | mask |",
-        "|---|" + "---:|" * (len(heads) + 4),
+        "| model | weights GB | k million | adapter MB | " + " | ".join(heads) + " | mask, stage 2 | mask, stage 3 |",
+        "|---|" + "---:|" * (len(heads) + 5),
     ]
     for name, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,8 @@ def rows() -> list[str]:
             sparse = planners["sparse"]
             start = f"| {name} | {sparse.weights / GB:.1f} | {sparse.k / 1e6:.1f} | {sparse.adapter_bytes() / 1e6:,.0f} | "
             cells = " | ".join(f"{p:,.1f}" for p in peaks)
-            found.append(start + cells + f" | {sparse.mask_peak() / GB:,.1f} |")
+            masks = " | ".join(f"{sparse.mask_peak(s, setting) / GB:,.1f}" for s in STAGES)
+            found.append(f"{start}{cells} | {masks} |")
         print(found[-1], flush=True)
     return found
 

@@ -19,7 +19,7 @@ Shared = dict[int, Mapping[str, torch.Tensor]]
 class ThreadPeers(Peers):
     """Ranks that are threads: the same rounds, with tensors handed over in memory."""
 
-    def __init__(self, rank: int, world: int, barrier: threading.Barrier, shared: Shared, notes: dict[int, str | None]) -> None:
+    def __init__(self, rank: int, world: int, barrier: threading.Barrier, shared: Shared, notes: dict[int, Any]) -> None:
         super().__init__(rank, world)
         self.barrier, self.shared, self.notes = barrier, shared, notes
 
@@ -33,7 +33,7 @@ class ThreadPeers(Peers):
                     self.shared[other][name].zero_()
         self.barrier.wait(60)
 
-    def _gather(self, message: str | None) -> list[str | None]:
+    def _gather(self, message: Any) -> list[Any]:
         self.notes[self.rank] = message
         self.barrier.wait(60)
         notes = [self.notes[rank] for rank in range(self.world)]
@@ -48,7 +48,7 @@ def batches(model: Any, count: int = 7) -> list[dict[str, torch.Tensor]]:
 
 def together(world: int, metric: str, **more: Any) -> list[Any]:
     """What find_mask gives on each rank; an exception where it raises one."""
-    barrier, shared, notes, found = threading.Barrier(world), Shared(), dict[int, str | None](), [None] * world
+    barrier, shared, notes, found = threading.Barrier(world), Shared(), dict[int, Any](), [None] * world
 
     models = [pico.llama() for _ in range(world)]  # made here: the generator that draws their weights is shared by threads
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from pico_run import random_masks_digest
+from speft_core.partitioned import whole
 from speft_train import cli, engine, steps
 
 
@@ -25,7 +26,8 @@ def weights_digest(model: Any) -> str:
     """Hash of every parameter's bits, values and merged weights alike."""
     found = hashlib.sha256()
     for name, p in model.named_parameters():
-        found.update(name.encode() + p.detach().cpu().float().numpy().tobytes())
+        with whole([p]):
+            found.update(name.encode() + p.detach().cpu().float().numpy().tobytes())
     return found.hexdigest()
 
 

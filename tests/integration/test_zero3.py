@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ STAGE3 = {"deepspeed": {"zero_stage": 3, "config": SHARDED}}
 # Clipping divides by a norm that each stage sums in another order; without it nothing but the sharding differs.
 PLAIN = merged(LIGHT, {"train": {"max_grad_norm": 0.0}})
 BF16 = {"model": {"dtype": "bfloat16"}}
+# Three test rows: one rank has two of them, the other one.
+UNEVEN: dict[str, Any] = {"data": {"test_size": 3}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     # name: (sections of one process and of two, sections of two alone, a case of two ranks that must end with equal values)
     "stage2": (PLAIN, {"deepspeed": {"zero_stage": 2}}, None),
@@ -32,7 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "stage3-dense": ({**LIGHT, "adapter": {"train_dense": ["model.norm"]}}, STAGE3, None),
     "stage3-lora": ({**LIGHT, "adapter": {"method": "lora", "lora": {"r": 2}}}, STAGE3, None),
     "stage3-offload": (PLAIN, merged(STAGE3, {"deepspeed": {"offload_param": "cpu"}}), "stage3"),
-    "stage3-evaluated": ({"evaluate": {"generation": False}}, STAGE3, None),
+    "stage3-dora": ({**LIGHT, "adapter": {"method": "dora", "lora": {"r": 2}}}, STAGE3, None),
+    "stage3-pissa": ({**LIGHT, "adapter": {"method": "pissa", "lora": {"r": 2}}}, STAGE3, None),
+    "stage3-full": (merged(UNEVEN, {"adapter": {"method": "full"}, "train": {"learning_rate": 1e-4}}), STAGE3, None),
+    "stage3-evaluated": (UNEVEN, STAGE3, None),
 }
 # A bf16 loss moves with the order of its sums: stage 3 is held against stage 2 alone.
 WIDE = {"adapter": {"budget": {"density": 0.5, "of": "targets"}}, "train": {"max_steps": 2}}
@@ -52,7 +58,19 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs.append([str(make_config(folder / f"{name}-2.yaml", model, folder / "two" / name, **sections)), []])
     wide = make_model(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256)
     runs.append([str(make_config(folder / "wide.yaml", wide, folder / "two" / "wide", **merged(LIGHT, WIDE, STAGE3))), []])
-    return run_all(folder, runs)
+    words = ["bad", "good"]
+    rows = [{"text": f"{words[n % 2]} " * (n % 5 + 1), "label": words[n % 2]} for n in range(41)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled = classifier(folder / "rows.jsonl")
+    make_config(folder / "labels-1.yaml", model, folder / "one" / "labels", **labelled)
+    config = make_config(folder / "labels-2.yaml", model, folder / "two" / "labels", **merged(labelled, STAGE3))
+    return run_all(folder, [*runs, [str(config), []]])
+
+
+def classifier(rows: Path) -> dict[str, Any]:
+    """A decoder with a fresh head, on rows of two classes."""
+    data = {"train": str(rows), "test": str(rows), "train_size": None, "test_size": None, "max_length": 64}
+    return {"model": {"task": "sequence_classification"}, "data": data, "evaluate": {"batch_size": 4, "max_new_tokens": 256}}
 
 
 def result(ran: Path, name: str) -> dict[str, Any]:
@@ -89,13 +107,28 @@ def test_stage_3_is_stage_2_but_for_the_last_bit(ran: Path, names: tuple[str, st
         assert torch.allclose(delta.values_K.float(), other.values_K.float(), rtol=2**-7, atol=1e-6)
 
 
-def test_evaluation_after_training_sees_whole_weights(ran: Path) -> None:
-    cli.execute(ran / "stage3-evaluated-1.yaml", [], dry_run=False)
-    one = results.read(RunFolder(ran / "one" / "stage3-evaluated"))
-    two = result(ran, "stage3-evaluated")
+@pytest.mark.parametrize("name", ["stage3-evaluated", "stage3-full"])
+def test_evaluation_is_that_of_one_process(ran: Path, name: str) -> None:
+    """Loss and generated answers, of the base and of what was saved; one rank has more to do than the other."""
+    cli.execute(ran / f"{name}-1.yaml", [], dry_run=False)
+    one, two = results.read(RunFolder(ran / "one" / name)), result(ran, name)
     for figures in ("base", "adapted"):
         assert two[figures]["loss"] == pytest.approx(one[figures]["loss"], abs=1e-5)
+        assert two[figures]["count"] == one[figures]["count"] == 3
+        told = {e["prompt"]: e["generated"] for e in two[figures]["examples"]}
+        assert told and told == {e["prompt"]: e["generated"] for e in one[figures]["examples"] if e["prompt"] in told}
     assert two["adapted"]["loss"] != two["base"]["loss"]
+
+
+def test_a_classifier_starts_trains_and_scores_as_in_one_process(ran: Path) -> None:
+    """Its head is new, the same on both ranks, trained whole and shipped; 41 rows are 21 and 20."""
+    as_one_process(ran, "labels", len(CASES) + len(BF16_CASES) + 1)
+    one, two = results.read(RunFolder(ran / "one" / "labels")), result(ran, "labels")
+    for figures in ("base", "adapted"):
+        assert two[figures]["loss"] == pytest.approx(one[figures]["loss"], abs=1e-5)
+        assert two[figures]["accuracy"] == one[figures]["accuracy"] and two[figures]["count"] == 41
+    adapters = [sc.SparseAdapter.load(ran / side / "labels" / "adapter") for side in ("one", "two")]
+    assert torch.allclose(adapters[0].dense["score.weight"], adapters[1].dense["score.weight"], atol=1e-5)
 
 
 def test_nothing_exists_for_frozen_weights(ran: Path) -> None:

@@ -80,3 +80,28 @@ def test_deepspeed_saves_what_module_state_dict_gives() -> None:
 def test_the_switch_that_keeps_deepspeed_from_compiling_on_a_cpu_exists() -> None:
     ops = pytest.importorskip("deepspeed.ops")
     assert "deepspeed_shm_comm" in ops.__compatible_ops__
+
+
+def test_loading_puts_each_tensor_into_the_model_as_shards_py_expects() -> None:
+    """One after the other where asked, marked as loaded, by setattr; files opened by a name that can be replaced."""
+    from transformers import core_model_loading as loading
+    from transformers import modeling_utils
+
+    convert = inspect.getsource(loading.convert_and_load_state_dict_in_model)
+    assert 'is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD")' in convert
+    put = inspect.getsource(loading.set_param_for_module)
+    assert re.search(r"param_value\._is_hf_initialized = True\s+setattr\(module_obj, param_name, param_value\)", put)
+    reads = inspect.getsource(modeling_utils.PreTrainedModel._load_pretrained_model)
+    assert re.search(r"= safe_open\(file, framework=\"pt\", device=device, backend=backend\)", reads)
+    assert "get_slice(k)" in reads
+
+
+def test_partitioned_parameters_have_what_core_asks_of_them() -> None:
+    from deepspeed.runtime.zero import partition_parameters
+
+    made = inspect.getsource(partition_parameters.Init._convert_to_deepspeed_param)
+    for name in ("ds_id", "ds_shape", "ds_status", "ds_zero_partition_world_size", "all_gather", "partition"):
+        assert f"param.{name} = " in made
+    cut = inspect.getsource(partition_parameters.Init._partition_param)
+    assert "start = partition_size * self._partition_rank(param)" in cut and "param.ds_tensor = partitioned_tensor" in cut
+    assert [status.name for status in partition_parameters.ZeroParamStatus] == ["AVAILABLE", "NOT_AVAILABLE", "INFLIGHT"]

@@ -127,9 +127,18 @@ def test_out_of_memory_names_a_smaller_micro_batch(cfg: config.RunConfig) -> Non
 
 def test_a_limit_on_the_accumulators_is_a_limit_in_the_plan(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
     limited = Planner(replace(cfg, adapter=replace(cfg.adapter, memory_limit="1kB")), "sparse", LENGTH)
-    assert side["sparse"].accumulators == 4 * side["sparse"].pool > 1000 and limited.accumulators == 1000
-    assert side["sparse"].mask_peak() - limited.mask_peak() == side["sparse"].accumulators - 1000
-    assert side["lora"].accumulators == 0
+    one, own = Setting(length=LENGTH), side["sparse"]
+    assert own.accumulators(0, one) == 4 * own.pool > 1000 and limited.accumulators(0, one) == 1000
+    assert own.mask_peak(0, one) - limited.mask_peak(0, one) == own.accumulators(0, one) - 1000
+    assert side["lora"].accumulators(0, one) == side["lora"].mask_peak(0, one) == 0
+
+
+def test_the_mask_of_stage_3_needs_shares_and_one_layer(side: dict[str, Planner]) -> None:
+    own, setting = side["sparse"], Setting(gpus=4, length=LENGTH)
+    assert own.accumulators(3, setting) == own.pool and own.accumulators(2, setting) == 4 * own.pool
+    saved = own.mask_peak(2, setting) - own.mask_peak(3, setting)
+    assert saved == own.weights - own.weights // 4 + 3 * own.pool - (own.size + 8) * own.largest_target
+    assert own.mask_peak(3, Setting(length=LENGTH)) == own.mask_peak(2, Setting(length=LENGTH))  # one rank has no shards
 
 
 def test_the_dry_run_counts_as_the_plan_does(cfg: config.RunConfig, side: dict[str, Planner]) -> None:

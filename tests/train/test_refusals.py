@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,3 +85,17 @@ def test_the_dtype_of_the_loaded_model_counts() -> None:
     refusals.check(cfg, "bfloat16")
     with pytest.raises(UserError, match="for good"):
         refusals.check(cfg, "float32")
+
+
+@pytest.mark.parametrize("metric", ["grasp", "synflow"])
+def test_metrics_of_whole_weights_are_refused_where_ranks_hold_shards(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank nothing is in shards; a mask that is there already needs no metric."""
+    cfg = made(deepspeed={"zero_stage": 3})
+    cfg = replace(cfg, adapter=replace(cfg.adapter, metric=metric))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refusals.check(cfg)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="`speft-train mask` at stage 0 to 2 and set adapter.mask"):
+        refusals.check(cfg)
+    refusals.check(replace(cfg, adapter=replace(cfg.adapter, mask="mask.safetensors")))
+    refusals.check(replace(cfg, deepspeed=replace(cfg.deepspeed, zero_stage=2)))

@@ -19,9 +19,10 @@ from .adapter_files import AdapterConfig, read_folder, write_folder
 from .delta import SparseDelta, all_finite
 from .errors import UserError
 from .fingerprint import check_fingerprint, check_shape, covers_entries, same_bits
+from .partitioned import is_partitioned, own_part, whole
 from .targets import base_parameters
 from .threads import each
-from .writing import Entries
+from .writing import Entries, ShardedEntries
 
 SMALL = 1 << 21  # entries below which threads cost more than they save
 
@@ -76,19 +77,22 @@ class SparseAdapter:
             check_shape(name, parameters[name], tuple(tensor.shape), self._base)
         return parameters
 
-    def _entries(self, parameters: Mapping[str, nn.Parameter], check_base: bool) -> Entries:
+    def _entries(self, parameters: Mapping[str, nn.Parameter], check_base: bool) -> Entries | ShardedEntries:
         """The entries of the base, in the order of the deltas, compared with the fingerprint."""
         places = []
         for name, delta in self.deltas.items():
             weight = parameters[name]
             here = delta if delta.indices_K.device == weight.device == delta.values_K.device else delta.to(device=weight.device)
             places.append((weight, here.indices_K, here.values_K))
-        entries = Entries(places)
 
         def compare(found: tuple[str, torch.Tensor]) -> None:
             name, base_K = found
             check_fingerprint(name, parameters[name], self.deltas[name], self.fingerprint.get(name), self._base, base_K)
 
+        if any(is_partitioned(weight) for weight, *_ in places):
+            names = iter(self.deltas)
+            return ShardedEntries(places, lambda base_K: compare((next(names), base_K)) if check_base else None)
+        entries = Entries(places)
         if check_base and not self._is_verified(entries):
             each(compare, zip(self.deltas, entries.base, strict=True), small=self.nnz < SMALL)
             if all(covers_entries(self.fingerprint.get(n), parameters[n].dtype) for n in self.deltas):
@@ -144,13 +148,16 @@ class SparseAdapter:
 class Applied:
     """An adapter that sits in a model. Several may be stacked; they come off in the reverse order."""
 
-    def __init__(self, adapter: SparseAdapter, model: nn.Module, parameters: Mapping[str, nn.Parameter], entries: Entries) -> None:
+    def __init__(
+        self, adapter: SparseAdapter, model: nn.Module, parameters: Mapping[str, nn.Parameter], entries: Entries | ShardedEntries
+    ) -> None:
         """Write. `parameters`: the model's, by name. `entries`: what the deltas of `adapter` change in them, in order."""
         self._model, self._names, self._entries = model, list(adapter.deltas), entries
-        self._saved_dense = {n: parameters[n].detach().clone() for n in adapter.dense}
+        self._saved_dense = {n: own_part(parameters[n]).clone() for n in adapter.dense}
         entries.add()
         for name, tensor in adapter.dense.items():
-            parameters[name].data.copy_(tensor)
+            with whole([parameters[name]], change=True):
+                parameters[name].data.copy_(tensor)
         self._stack: list[Applied] = model.__dict__.setdefault("_speft_applied", [])
         self._stack.append(self)
 
@@ -163,6 +170,6 @@ class Applied:
         parameters = base_parameters(self._model)
         self._entries.put_back([parameters[name] for name in self._names])
         for name, tensor in self._saved_dense.items():
-            parameters[name].data.copy_(tensor)
+            own_part(parameters[name]).copy_(tensor)
         self._stack.pop()
         del self._entries, self._saved_dense

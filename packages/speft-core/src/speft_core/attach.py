@@ -6,6 +6,7 @@ Shape suffixes: K kept entries.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,9 +20,10 @@ from .errors import UserError, nearest
 from .fingerprint import fingerprint
 from .mask import SparsityMask, random_origin
 from .ops.plans import PLANS
+from .partitioned import own_part, whole
 from .remask import Parked, remask, restore_parked, with_parked
 from .slots import AttachedForward, Slot, check_adaptable
-from .targets import base_parameters, owners_of
+from .targets import base_parameters, owners_of, parameter_shape
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Tuner:
         parameters, owners = base_parameters(model), owners_of(model)
         self._required_grad = {p: p.requires_grad for p in model.parameters()}
         self.dense: dict[str, nn.Parameter] = {n: parameters[n] for n in dense_names}
-        self._dense_before = {n: p.detach().clone() for n, p in self.dense.items()}
+        self._dense_before = {n: own_part(p).clone() for n, p in self.dense.items()}
         self.values: dict[str, nn.Parameter] = {}
         self.fingerprint: dict[str, dict[str, Any]] = {}
         self._slots: dict[str, list[Slot]] = {}
@@ -129,15 +131,16 @@ class Tuner:
                 if indices_K.numel() == 0 and not keep_empty:
                     continue  # a parameter of no elements breaks ZeRO-3 and FSDP
                 weight = parameters[name]
-                self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
                 self._slots[name] = []
-                for module, attribute in owners[id(weight)]:
-                    slot = Slot(name, module, attribute, indices_K, backward, keep_dtype)
-                    if self._slots[name]:  # tied: one Parameter serves all owners
-                        module.register_parameter(f"{attribute}_values", self.values[name])
-                    self._slots[name].append(slot)
-                    by_module.setdefault(module, []).append(slot)
-                    self.values[name] = slot.values_K
+                with whole([weight]):
+                    self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
+                    for module, attribute in owners[id(weight)]:
+                        slot = Slot(name, module, attribute, indices_K, backward, keep_dtype)
+                        if self._slots[name]:  # tied: one Parameter serves all owners
+                            module.register_parameter(f"{attribute}_values", self.values[name])
+                        self._slots[name].append(slot)
+                        by_module.setdefault(module, []).append(slot)
+                        self.values[name] = slot.values_K
         except UserError:
             self._remove_slots()
             raise
@@ -200,7 +203,7 @@ class Tuner:
     @property
     def trainable_parameters(self) -> int:
         """Scalars that are trained: k and the dense ones."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(math.prod(parameter_shape(p)) for p in self.parameters())
 
     def plan(self) -> dict[str, PlanRow]:
         """Parameter name -> the backward plan chosen for it and why."""
@@ -255,7 +258,10 @@ class Tuner:
             delta = SparseDelta(slot.indices_K.cpu(), rounded_K.cpu().clone(), self.mask.shapes[name])
             deltas[name] = with_parked(self, name, delta).check(name)
         self.sync()
-        dense = {n: p.detach().cpu().clone() for n, p in self.dense.items()}
+        dense = {}
+        for name, parameter in self.dense.items():
+            with whole([parameter]):
+                dense[name] = parameter.detach().cpu().clone()
         return SparseAdapter(deltas, dense, self._config(config), {n: dict(f) for n, f in self.fingerprint.items()})
 
     def _config(self, given: Mapping[str, Any]) -> AdapterConfig:
@@ -294,7 +300,7 @@ class Tuner:
         self._remove_slots()
         with torch.no_grad():
             for name, parameter in self.dense.items():
-                parameter.copy_(self._dense_before[name])
+                own_part(parameter).copy_(self._dense_before[name])
                 parameter.grad = None
         for parameter, required in self._required_grad.items():
             parameter.requires_grad_(required)

@@ -20,6 +20,7 @@ from .ops.keep import Keeper
 from .ops.layout import Layout
 from .ops.plans import Plan, plan_named
 from .ops.recipes import hooks_forbid, recipe_of, sharded
+from .partitioned import is_absent, is_partitioned
 from .writing import gather, scatter, write_sum
 
 
@@ -91,6 +92,8 @@ class Slot:
 
     def write(self) -> None:
         """Make the weight hold base + values; skipped when a forward without gradients finds nothing changed."""
+        if is_absent(self.weight):  # its next forward gathers and writes
+            return
         values_K = self.values_K
         training = torch.is_grad_enabled() and values_K.requires_grad
         seen = (values_K.data_ptr(), values_K._version)
@@ -141,8 +144,9 @@ class Slot:
         self.stale = True
 
     def remove(self) -> None:
-        """Restore the base's bits and take everything off the module again."""
-        scatter(self.weight, self.indices_K, self.base_K)
+        """Restore the base's bits, which shards never lost, and take everything off the module again."""
+        if not is_partitioned(self.weight):
+            scatter(self.weight, self.indices_K, self.base_K)
         del self.module._parameters[f"{self.attribute}_values"]
         for kind in ("indices", "base"):
             del self.module._buffers[f"{self.attribute}_{kind}"]

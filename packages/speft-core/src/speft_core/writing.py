@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .ops import native
+from .partitioned import whole
 
 
 def flat_view(weight: torch.Tensor) -> torch.Tensor:
@@ -85,6 +86,31 @@ def _buffers(places: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) 
     flat = {kind: torch.empty(sum(counts), dtype=kind[0], device=kind[1]) for kind, counts in sizes.items()}
     parts = {kind: iter(flat[kind].split(counts)) for kind, counts in sizes.items()}
     return list(flat.values()), [next(parts[w.dtype, w.device]) for w, *_ in places]
+
+
+class ShardedEntries:
+    """As Entries, of weights in shards: gathered, changed and let go one after the other. `check`: of each base."""
+
+    def __init__(
+        self, places: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], check: Callable[[torch.Tensor], None]
+    ) -> None:
+        self._places, self._base = places, []
+        for weight, indices_K, _ in places:
+            with whole([weight]):
+                self._base.append(gather(weight, indices_K))
+                check(self._base[-1])
+
+    def add(self) -> None:
+        """Write base + values."""
+        for (weight, indices_K, values_K), base_K in zip(self._places, self._base, strict=True):
+            with whole([weight], change=True):
+                write_sum(weight, indices_K, base_K, values_K)
+
+    def put_back(self, weights: Sequence[torch.Tensor]) -> None:
+        """Write base, bit for bit."""
+        for weight, (_, indices_K, _), base_K in zip(weights, self._places, self._base, strict=True):
+            with whole([weight], change=True):
+                scatter(weight, indices_K, base_K)
 
 
 def _run(what: str, changes: Sequence[native.Change]) -> None:

@@ -24,7 +24,8 @@ class Attached:
 
     model: Any  #: what the Trainer trains
     trainable: int  #: scalars that are trained
-    save: Callable[[Path], None]  #: write what ships into an empty folder
+    #: called by all ranks, which may hold shards; what it gives rank 0 (for which it is called with True) writes what ships
+    collect: Callable[[bool], Callable[[Path], None]]
     detach: Callable[[], None]  #: take it off; the base is as before
     about: str = ""  #: for the terminal, after the count
     tuner: sc.Tuner | None = None  #: of a sparse method
@@ -36,7 +37,7 @@ class Method:
 
     needs_mask: bool
     attach: Callable[[Any, RunConfig, sc.SparsityMask | None], Attached]
-    applied: Callable[[Any, RunConfig, Path], AbstractContextManager[Any]]  #: the base with a saved folder on it
+    applied: Callable[[Any, RunConfig, Path, int], AbstractContextManager[Any]]  #: the base with a saved folder on it, on so many ranks
 
 
 def budget_of(section: AdapterSection) -> sc.Budget:

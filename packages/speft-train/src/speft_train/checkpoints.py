@@ -23,6 +23,8 @@ from torch import nn
 import speft_core as sc
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
+from speft_core.partitioned import whole
+from speft_core.targets import parameter_shape
 
 MARKER = "COMPLETE"
 TRAINABLE, DYNAMIC = "trainable.safetensors", "dynamic.safetensors"
@@ -91,11 +93,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Write every trained parameter. OSError when the disk is full."""
-    state = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+def save_trainable(state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write every trained parameter: name -> tensor on the CPU. OSError when the disk is full."""
     require_space(folder.parent, sum(p.numel() * BYTES_PER_SCALAR for p in state.values()), f"checkpoint {folder.name}")
-    atomic_write(folder / TRAINABLE, lambda file: safetensors.torch.save_file(state, file))
+    atomic_write(folder / TRAINABLE, lambda file: safetensors.torch.save_file(dict(state), file))
 
 
 def save_dynamic(dynamic: sc.DynamicMask, folder: Path) -> None:
@@ -123,7 +124,7 @@ def load(model: nn.Module, folder: Path, dynamic: sc.DynamicMask | None = None) 
 
 @torch.no_grad()
 def load_trainable(model: nn.Module, folder: Path) -> None:
-    """Put saved values into the model's trained parameters; names and shapes must agree exactly."""
+    """Put saved values into the model's trained parameters; names and shapes must agree exactly. All ranks call it."""
     try:
         state = safetensors.torch.load_file(str(folder / TRAINABLE))
     except (OSError, safetensors.SafetensorError) as error:
@@ -135,10 +136,12 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
         odd = sorted(set(ours) ^ set(state))[0]
         raise UserError(f"{folder} does not fit this run: {odd} is trained in only one of them")
     for name, parameter in ours.items():
-        if parameter.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} there and {tuple(parameter.shape)} here"
+        if parameter_shape(parameter) != tuple(state[name].shape):
+            shapes = f"{tuple(state[name].shape)} there and {parameter_shape(parameter)} here"
             raise UserError(f"{folder} does not fit this run: {name} has shape {shapes}")
-        parameter.copy_(state[name])
+    for name, parameter in ours.items():
+        with whole([parameter], change=True):
+            parameter.copy_(state[name])
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from speft_core.errors import UserError
 
-from . import data, heads, models
+from . import data, heads, models, shards
 from .data.labelled import LabelledCollator, LabelledDataset, Rows, encode_rows, encoder, find_columns, sentence
 from .data.labels import LabelSpace, check_labels, label_space
 from .data.sources import available_columns
@@ -81,7 +81,7 @@ def load(run: Run) -> None:
     )  # fmt: skip
     for line in said:
         run.note(f"  {line}")
-    run.model, _ = models.load_model(cfg, space, run.tokenizer)
+    run.model, _ = models.load_model(cfg, space, run.tokenizer, run.ranks.world)
     longest = max(report.longest for report in reports.values())
     room = getattr(run.model.config, "max_position_embeddings", None)
     if room is not None and longest > room:
@@ -134,9 +134,10 @@ def _figures(run: Run, model: Any, examples: LabelledDataset) -> Result:
     settings, ranks = run.cfg.evaluate, run.ranks
     count = len(examples) if settings.limit is None else min(settings.limit, len(examples))
     mine = ranks.share(list(range(count)))
-    found = predict(
-        model, [examples[i] for i in mine], run.data.collator(run.tokenizer), settings.batch_size, run.shows_progress
-    )
+    with shards.evaluating(model, ranks):
+        found = predict(
+            model, [examples[i] for i in mine], run.data.collator(run.tokenizer), settings.batch_size, run.shows_progress
+        )
     gathered = ranks.gather([(examples[i]["labels"], row) for i, row in zip(mine, found, strict=True)])
     pairs = [pair for part in gathered for pair in part]
     labels, outputs = [label for label, _ in pairs], [row for _, row in pairs]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,8 @@ FROM_TRAIN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 # What DeepSpeed puts on a partitioned parameter beside names that start with ds_.
 PARTITIONED = (
     "is_external_param", "all_gather", "all_gather_coalesced", "partition", "reduce_gradients_at_owner",
-    "partition_gradients", "aligned_size", "padding_size", "partition_numel", "convert_to_zero_parameters",
+    "partition_gradients", "aligned_size", "padding_size", "partition_numel", "convert_to_zero_parameters", "item",
+    "nvme_swapper",
 )  # fmt: skip
 OFFLOADS = ("offload_optimizer", "offload_param")
 # Elements of the buffer that gradients are reduced in: DeepSpeed's default allocates 2 GB for what is a few MB here.
@@ -152,42 +153,89 @@ def load_optimizer(engine: Any, folder: str) -> None:
         raise UserError(f"{folder} holds no DeepSpeed state; remove it to start from the checkpoint before it")
 
 
+def shards_weights(section: DeepspeedSection, world: int) -> bool:
+    """Whether the ranks keep the model's weights in shards from the first on."""
+    return world > 1 and is_enabled(section) and zero_stage(section) == 3
+
+
+def cutter(section: DeepspeedSection) -> Callable[[Any], None]:
+    """What cuts a parameter into shards, of which each rank keeps its own; all ranks call it, and rank 0's values are taken."""
+    import torch
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    offload = settings(section)["zero_optimization"].get("offload_param", {})
+    device = None if offload.get("device") in (None, "none") else offload["device"]
+    pin = bool(device and offload.get("pin_memory", False))
+
+    def cut(parameter: Any) -> None:
+        holder = torch.nn.Module()
+        holder._parameters["weight"] = parameter
+        Init(module=holder, mem_efficient_linear=False, remote_device=device, pin_memory=pin, dtype=parameter.dtype)
+
+    return cut
+
+
 @contextmanager
-def whole(parameters: Iterable[Any], change: bool = False) -> Iterator[None]:
-    """Within it partitioned parameters are whole on all ranks, which enter together. With `change`, rank 0's change stays."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
+def lean_linears(section: DeepspeedSection, world: int) -> Iterator[None]:
+    """Within it linear layers keep no gathered weight for backward: autograd would keep its transpose, all layers' at once.
+
+    DeepSpeed does this for good where it cuts up a model by itself; its linear rounds otherwise, so the base's evaluation and the
+    mask are computed without.
+    """
+    if not shards_weights(section, world):
         yield
         return
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    import torch
+    from deepspeed.runtime.zero.partition_parameters import Init
 
-    with GatheredParameters(sharded, modifier_rank=0 if change else None):
+    plain = torch.nn.functional.linear
+    if settings(section)["zero_optimization"].get("memory_efficient_linear", True):
+        Init(module=torch.nn.Module())  # of a module without parameters this is all it does
+    try:
         yield
+    finally:
+        torch.nn.functional.linear = plain
 
 
-def gather_for_good(engine: Any, model: Any) -> None:
-    """After training at stage 3: the model's parameters are ordinary and whole again, and DeepSpeed's hooks are gone.
+@contextmanager
+def announced() -> Iterator[None]:
+    """Within it transformers and PEFT know of stage 3, and gather each weight that they read or change."""
+    from transformers.integrations import deepspeed as known
 
-    Weights come back as they were partitioned; whoever holds values writes them anew.
+    config = known.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        yield
+    finally:
+        del config
+        known.unset_hf_deepspeed_config()
+
+
+def take_back(engine: Any, model: Any, ordinary: Iterable[Any]) -> None:
+    """After training at stage 3: DeepSpeed's hooks are gone, `ordinary` parameters (those that it cut up) are whole again.
+
+    Weights come back as they were partitioned, and stay so if the run holds them in shards.
     """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or the next model that is loaded would be partitioned by transformers
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     if offload is None:
         return
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     offload._remove_module_hooks()
-    parameters = list(model.parameters())
     device = next((b.device for b in model.buffers()), None)
-    for parameter in parameters:
+    for parameter in ordinary:
         parameter.all_gather()
         full = parameter.data.clone() if device is None else parameter.data.to(device, copy=True)
         for name in [n for n in vars(parameter) if n.startswith("ds_") or n in PARTITIONED]:
             delattr(parameter, name)
         parameter.grad, parameter.data = None, full
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            parameter.grad, parameter.ds_active_sub_modules = None, set()
+            parameter.partition()
     for module in model.modules():
         if "_original_parameters" in vars(module):
             module._parameters = module.__dict__.pop("_original_parameters")
-    unset_hf_deepspeed_config()  # or the next model that is loaded would be partitioned
 
 
 def optimizer_share(optimizer: Any) -> tuple[int, int]:

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 from speft_core.errors import UserError
+from speft_core.partitioned import whole
+from speft_core.targets import parameter_shape
 
+from . import shards
 from .config import RunConfig
 
 if TYPE_CHECKING:
@@ -36,9 +39,9 @@ def parameter_names(model: Any) -> list[str]:
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of the head's parameters by name."""
+    """Copies of the head's parameters by name; of a model in shards on all ranks, which call this together."""
     own = dict(model.named_parameters())
-    return {name: own[name].detach().cpu().clone() for name in parameter_names(model)}
+    return shards.collected({name: own[name] for name in parameter_names(model)}, keeps=True)
 
 
 def trained(model: Any, cfg: RunConfig) -> list[str]:
@@ -54,19 +57,23 @@ def about(model: Any, cfg: RunConfig) -> str:
     settings = cfg.model.head
     start = "the vocabulary rows of " + ", ".join(settings.words.values()) if settings.words else "a random start"
     fate = "trained whole" if settings.train else "left frozen"
-    count = sum(t.numel() for t in tensors(model).values())
+    own = dict(model.named_parameters())
+    count = sum(math.prod(parameter_shape(own[name])) for name in parameter_names(model))
     return f"head: {', '.join(modules(model))}, {count:,} parameters, from {start}, {fate}"
 
 
-def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> None:
+def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int = 1) -> None:
     """Give a fresh head its first values, the same for a seed."""
-    _start_weights(model, tokenizer, cfg, labels)
-    if cfg.model.head.bias == "labels" and labels.blind:
-        bias = _last(model).bias
-        if bias is None:
-            raise UserError(f"model.head.bias=labels needs a head with a bias; that of {cfg.model.name} has none: leave it at zero")
-        with torch.no_grad():
-            bias.copy_(torch.tensor(labels.blind))
+    with whole(_last(model).parameters(), change=True):  # that of a classifier's checkpoint lies in shards already
+        _start_weights(model, tokenizer, cfg, labels, world)
+        if cfg.model.head.bias == "labels" and labels.blind:
+            bias = _last(model).bias
+            if bias is None:
+                raise UserError(
+                    f"model.head.bias=labels needs a head with a bias; that of {cfg.model.name} has none: leave it at zero"
+                )
+            with torch.no_grad():
+                bias.copy_(torch.tensor(labels.blind))
 
 
 def _last(model: Any) -> nn.Linear:
@@ -75,13 +82,13 @@ def _last(model: Any) -> nn.Linear:
     return linears[-1]
 
 
-def _start_weights(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> None:
+def _start_weights(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int) -> None:
     from .models import is_encoder
 
     settings = cfg.model.head
     last = _last(model)
     if settings.words:
-        rows_OH = _word_rows(tokenizer, cfg, labels)
+        rows_OH = _word_rows(tokenizer, cfg, labels, world)
         if is_encoder(model.config) or rows_OH.shape != last.weight.shape:
             raise UserError(f"model.head.words needs a decoder whose head reads its last state; {cfg.model.name} is not one")
         with torch.no_grad():
@@ -98,7 +105,7 @@ def _start_weights(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpac
             last.bias.zero_()
 
 
-def _word_rows(tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> torch.Tensor:
+def _word_rows(tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int) -> torch.Tensor:
     """(classes, width): the rows of the vocabulary head for the answer words."""
     import transformers
 
@@ -120,9 +127,12 @@ def _word_rows(tokenizer: Any, cfg: RunConfig, labels: LabelSpace) -> torch.Tens
         tokens.append(ids[0])
     if len(set(tokens)) < len(tokens):
         raise UserError(f"model.head.words must be different words; got {', '.join(words.values())}")
-    whole = transformers.AutoModelForCausalLM.from_pretrained(
-        locate(cfg.model), dtype=DTYPES.get(cfg.model.dtype, "auto"), trust_remote_code=False,
-        revision=cfg.model.revision or "main", cache_dir=cfg.model.cache_dir,
-    )  # fmt: skip
-    rows: torch.Tensor = whole.get_output_embeddings().weight[tokens].detach().clone()
+    with shards.loading(cfg.deepspeed, world):
+        decoder = transformers.AutoModelForCausalLM.from_pretrained(
+            locate(cfg.model), dtype=DTYPES.get(cfg.model.dtype, "auto"), trust_remote_code=False,
+            revision=cfg.model.revision or "main", cache_dir=cfg.model.cache_dir,
+        )  # fmt: skip
+    weight = decoder.get_output_embeddings().weight
+    with whole([weight]):
+        rows: torch.Tensor = weight[tokens].detach().cpu().clone()
     return rows

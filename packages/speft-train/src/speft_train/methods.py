@@ -5,7 +5,7 @@ back on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import speft_core as sc
 from speft_core.errors import UserError
+from speft_core.partitioned import is_partitioned
 from speft_core.targets import base_parameters
 
-from . import heads, methods_peft
+from . import heads, methods_peft, shards
 from .attached import DTYPES, TASK_TYPES, Attached, Method, budget_of
 from .config import RunConfig
 from .methods_peft import lora_modules, lora_rank
@@ -49,21 +50,23 @@ def _attach_tuner(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask,
     changes = section.dynamic.interval is not None
     tuner = sc.attach(model, mask, dense, section.backward, keep, keep_empty=changes)
 
-    def save(folder: Path) -> None:
+    def collect(_keeps: bool) -> Callable[[Path], None]:
         dtype = DTYPES[section.dtype] if section.dtype else None
         adapter = tuner.adapter(dtype, task_type=TASK_TYPES[cfg.model.task])
         if cfg.model.task == "sequence_classification":  # a frozen head ships too: nothing else knows its random start
             adapter = replace(adapter, dense={**heads.tensors(model), **adapter.dense})
-        adapter.save(folder)
+        return adapter.save
 
     plans = Counter(row.plan for row in tuner.plan().values())
     listed = ", ".join(f"{plan} ({count} tensors)" for plan, count in plans.most_common())
     about = f"; gradients by {listed}" if listed else ""
-    return Attached(model=model, trainable=tuner.trainable_parameters, save=save, detach=tuner.detach, about=about, tuner=tuner)
+    return Attached(
+        model=model, trainable=tuner.trainable_parameters, collect=collect, detach=tuner.detach, about=about, tuner=tuner
+    )
 
 
 @contextmanager
-def _sparse_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Iterator[Any]:
+def _sparse_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path, world: int) -> Iterator[Any]:
     with sc.SparseAdapter.load(folder).applied(model):
         yield model
 
@@ -113,16 +116,22 @@ def _attach_full(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask |
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
+    def collect(keeps: bool) -> Callable[[Path], None]:
+        if not any(is_partitioned(p) for p in model.parameters()):
+            return lambda folder: model.save_pretrained(folder)
+        state = shards.collected(dict(model.named_parameters()), keeps)  # the whole model, in rank 0's host memory
+        state |= {name: buffer for name, buffer in model.state_dict().items() if name not in state and buffer.numel()}
+        return lambda folder: model.save_pretrained(folder, state_dict=state)
 
-    trainable = sum(p.numel() for p in model.parameters())
-    return Attached(model=model, trainable=trainable, save=save, detach=lambda: None)
+    return Attached(model=model, trainable=shards.total(model), collect=collect, detach=lambda: None)
 
 
 @contextmanager
-def _full_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Iterator[Any]:
-    yield type(model).from_pretrained(str(folder), dtype=model.dtype).to(model.device).eval()
+def _full_applied(model: PreTrainedModel, cfg: RunConfig, folder: Path, world: int) -> Iterator[Any]:
+    with shards.loading(cfg.deepspeed, world) as finish:
+        tuned = type(model).from_pretrained(str(folder), dtype=model.dtype)
+    finish(tuned)
+    yield tuned.to(model.device).eval()
 
 
 METHODS: dict[str, Method] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ import torch
 
 import speft_core as sc
 from speft_core.errors import UserError
+from speft_core.partitioned import is_partitioned, own_part
 from speft_core.targets import base_parameters, parameter_shape, resolve_targets
 
-from . import heads
+from . import engine, heads
 from .attached import TASK_TYPES, Attached, budget_of
 from .config import AdapterSection, RunConfig
 
@@ -86,21 +87,27 @@ def attach(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None)
     wanted = {p: p.requires_grad for p in model.parameters()}
     own = _modules(model, dense)
     changed = resolve_targets(model, section.lora.targets or section.targets) if section.method == "pissa" else []
-    before = {p: p.detach().clone() for n, p in base_parameters(model).items() if n in changed}
+    before = {p: own_part(p).clone() for n, p in base_parameters(model).items() if n in changed}
     torch.manual_seed(cfg.seed)  # A starts at random: the same on every rank
-    with _quietly():
+    in_shards = any(is_partitioned(p) for p in model.parameters())
+    with _quietly(), engine.announced() if in_shards else nullcontext():
         adapted: Any = peft.get_peft_model(model, settings)
     first = peft.get_peft_model_state_dict(adapted) if changed else {}
     first = {key: value.detach().clone() for key, value in first.items()}
 
-    def save(folder: Path) -> None:
-        with _quietly():
-            if changed:
-                _save_as_lora(adapted, first, folder)
-            else:
-                adapted.save_pretrained(folder)
-        if frozen:
-            safetensors.torch.save_file(heads.tensors(model), str(folder / FROZEN_HEAD))
+    def collect(_keeps: bool) -> Callable[[Path], None]:
+        head = heads.tensors(model) if frozen else {}
+
+        def write(folder: Path) -> None:
+            with _quietly():
+                if changed:
+                    _save_as_lora(adapted, first, folder)
+                else:
+                    adapted.save_pretrained(folder)
+            if head:
+                safetensors.torch.save_file(head, str(folder / FROZEN_HEAD))
+
+        return write
 
     def detach() -> None:
         adapted.unload()
@@ -108,18 +115,18 @@ def attach(model: PreTrainedModel, cfg: RunConfig, mask: sc.SparsityMask | None)
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module)
         for parameter, value in before.items():
-            parameter.data.copy_(value)
+            own_part(parameter).copy_(value)
         for parameter, required in wanted.items():
             parameter.requires_grad_(required)
 
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return Attached(
-        model=adapted, trainable=trainable, save=save, detach=detach, about=f"; {NAMES[section.method]} of rank {rank}"
+        model=adapted, trainable=trainable, collect=collect, detach=detach, about=f"; {NAMES[section.method]} of rank {rank}"
     )
 
 
 @contextmanager
-def applied(model: PreTrainedModel, cfg: RunConfig, folder: Path) -> Iterator[Any]:
+def applied(model: PreTrainedModel, cfg: RunConfig, folder: Path, world: int) -> Iterator[Any]:
     """The base with a saved PEFT folder on it; a frozen head is the base's own."""
     import peft
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from speft_core.errors import UserError, nearest
 
-from . import bundled
+from . import bundled, shards
 from .architectures import KNOWN
 from .config import ModelConfig, RunConfig
 
@@ -31,11 +31,12 @@ TASKS = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoMo
 
 
 def load_model(
-    cfg: RunConfig, labels: LabelSpace | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    cfg: RunConfig, labels: LabelSpace | None = None, tokenizer: PreTrainedTokenizerBase | None = None, world: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of `cfg.model`, in eval mode on the CPU, and its tokenizer with a padding token.
 
-    labels: of a classification; the head gets as many outputs and starts as heads.py says.
+    labels: of a classification; the head gets as many outputs and starts as heads.py says. Of a run whose `world` ranks keep
+    the weights in shards no rank ever holds them all.
     """
     import transformers
 
@@ -49,7 +50,7 @@ def load_model(
         config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
     auto = getattr(transformers, TASKS[cfg.model.task])
     torch.manual_seed(cfg.seed)  # a fresh head starts the same in every run
-    with one_line_errors(cfg.model):
+    with one_line_errors(cfg.model), shards.loading(cfg.deepspeed, world) as finish:
         # A checkpoint that was a classifier of other classes gets a new head.
         options = {**_source(cfg.model), "ignore_mismatched_sizes": labels is not None}
         model = auto.from_pretrained(where, config=config, dtype=_dtype(cfg.model), **options)
@@ -58,7 +59,8 @@ def load_model(
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if labels is not None:
-        heads.start(model, tokenizer, cfg, labels)
+        heads.start(model, tokenizer, cfg, labels, world)
+    finish(model)
     return model.eval(), tokenizer
 
 

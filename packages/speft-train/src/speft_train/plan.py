@@ -94,8 +94,9 @@ def memory_rows(cfg: RunConfig, model: Any, k: int, pool: int, world: int) -> li
     moments = 2 * size if cfg.adapter.method == "full" and stage == 0 else MOMENTS
     rows.append(("optimizer", (moments + (MASTER if stage >= 1 else 0)) * k // sharded))
     rows.append(("sum", sum(count for _, count in rows)))
-    if scores := accumulators(cfg.adapter, pool):
-        rows.append(("weights + saliency accumulators, before training", weights + scores))
+    shards = world if stage == 3 else 1
+    if scores := accumulators(cfg.adapter, pool // shards):
+        rows.append(("weights + saliency accumulators, before training", weights // shards + scores))
     return rows
 
 

@@ -67,7 +67,7 @@ class Planner:
         self.pool = sum(parameters[n].numel() for n in names)
         self.k = methods.trained_count(model, self.cfg, names)
         self.size = model.dtype.itemsize
-        self.accumulators = accumulators(self.cfg.adapter, self.pool)
+        self.largest_target = max(parameters[n].numel() for n in names)
         rank = methods_peft.lora_rank(model, self.cfg.adapter) if method == "lora" else 0
         self.what = simulate.Trained(density=self.k / self.pool, rank=rank)
         self.layers = int(getattr(model.config, "num_hidden_layers", 0))
@@ -118,11 +118,20 @@ class Planner:
         """Bytes on each GPU while training."""
         return sum(self.rows(stage, setting, micro).values())
 
-    def mask_peak(self) -> int:
-        """Bytes while the mask is found, whole weights at every stage: accumulators, and a step of the calibration batch; or 0."""
-        if not self.accumulators:
+    def accumulators(self, stage: int, setting: Setting) -> int:
+        """Bytes of the saliency pass's sums on each GPU; of shares at stage 3."""
+        return accumulators(self.cfg.adapter, self.pool // (setting.gpus if stage == 3 else 1))
+
+    def mask_peak(self, stage: int, setting: Setting) -> int:
+        """Bytes on each GPU while the mask is found: weights, sums, and a step of the calibration batch; or 0.
+
+        At stage 3 shares of the first two, and one layer: its weight, its gradient, and all ranks' parts of this GPU's share.
+        """
+        sums, shards = self.accumulators(stage, setting), setting.gpus if stage == 3 else 1
+        if not sums:
             return 0
-        return self.weights + self.accumulators + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
+        layer = (self.size + 2 * VALUE) * self.largest_target if shards > 1 else 0
+        return self.weights // shards + sums + layer + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
 
     def largest(self, stage: int, setting: Setting) -> int:
         """The largest micro-batch that fits; 0 when none does."""
@@ -212,9 +221,10 @@ def _bytes_table(planner: Planner, setting: Setting) -> Table:
             table.add_row(what, *(f"{column[what] / GB:.3f}" for column in columns))
     table.add_section()
     table.add_row("while training", *(f"{sum(column.values()) / GB:.2f}" for column in columns))
-    if planner.accumulators:
-        table.add_row("saliency accumulators", *(f"{planner.accumulators / GB:.3f}" for _ in columns))
-        table.add_row("while the mask is found", *(f"{planner.mask_peak() / GB:.2f}" for _ in ZERO_STAGES))
+    if planner.accumulators(0, setting):
+        sums = [planner.accumulators(stage, setting) for stage in ZERO_STAGES]
+        table.add_row("saliency accumulators", *(f"{count / GB:.3f}" for count in sums))
+        table.add_row("while the mask is found", *(f"{planner.mask_peak(stage, setting) / GB:.2f}" for stage in ZERO_STAGES))
     return table
 
 
@@ -229,7 +239,7 @@ def _summary(side: list[Planner], setting: Setting) -> Table:
 
 
 def _verdict(planner: Planner, stage: int, setting: Setting) -> str:
-    peak = max(planner.peak(stage, setting, setting.micro), planner.mask_peak())
+    peak = max(planner.peak(stage, setting, setting.micro), planner.mask_peak(stage, setting))
     largest = planner.largest(stage, setting)
     fits = peak <= setting.memory * (1 - setting.headroom)
     return f"{peak / GB:.1f}, {'fits' if fits else 'too large'}, {largest or 'none'}"

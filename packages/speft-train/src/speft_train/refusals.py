@@ -28,10 +28,19 @@ class Setup:
     train: dict[str, Any]
     changes_mask: bool = False
     head_decay: bool = False  #: the head has a weight decay of its own
+    shards: bool = False  #: no rank holds the whole model
+    metric: str = ""  #: of the mask that is to be found, if one is
 
 
 # Keys of zero_optimization under which gathered weights are not the ones that were partitioned.
 QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
+
+def _needs_whole(metric: str) -> bool:
+    from speft_core.saliency.metrics import METRICS
+
+    return metric in METRICS and METRICS[metric].source.needs_whole
+
 
 Rule = tuple[Callable[[Setup], bool], str]
 
@@ -45,6 +54,11 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.deepspeed and s.stage == 3 and any(s.raw.get("zero_optimization", {}).get(key) for key in QUANTISED),
         f"deepspeed.config: {', '.join(QUANTISED)} round the weights when they are gathered, so that base + values would be lost;"
         " remove them",
+    ),
+    (
+        lambda s: s.shards and _needs_whole(s.metric),
+        "adapter.metric grasp and synflow need every weight at once, which no rank has at deepspeed.zero_stage 3; find this mask with"
+        " `speft-train mask` at stage 0 to 2 and set adapter.mask to its file",
     ),
     (
         lambda s: s.deepspeed and s.stage == 0 and s.half is not None,
@@ -119,6 +133,8 @@ def check(cfg: RunConfig, dtype: str | None = None) -> None:
         train=dict(cfg.train),
         changes_mask=cfg.adapter.dynamic.interval is not None,
         head_decay=cfg.model.head.weight_decay is not None,
+        shards=engine.shards_weights(cfg.deepspeed, engine.launched_ranks()[1]),
+        metric=cfg.adapter.metric if cfg.adapter.method == "sparse" and not cfg.adapter.mask else "",
     )
     reasons = [reason for holds, reason in RULES if holds(setup)]
     if reasons:

@@ -11,6 +11,7 @@ import torch
 
 import speft_core as sc
 from speft_core.errors import UserError, nearest
+from speft_core.partitioned import is_partitioned
 from speft_core.saliency.metrics import as_metric
 from speft_core.saliency.peers import PeerFailed, Peers
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def score(run: Run, peers: Peers | None = None) -> sc.SparsityMask:
     """The mask of the config's metric and budget; with `peers` the ranks share the pass and rank 0 has the mask."""
     section = run.cfg.adapter
-    metric = metric_of(run.cfg, run.model)
+    metric = metric_of(run.cfg, run.model, run.ranks.world)
     return sc.find_mask(
         run.model,
         calibration(run, section.calibration_examples) if metric.needs_gradient else (),
@@ -46,7 +47,11 @@ def score(run: Run, peers: Peers | None = None) -> sc.SparsityMask:
 
 
 def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:
-    """All ranks score, each its batches; rank 0 chooses and calls `finish` with the mask. What that returns, on all ranks."""
+    """All ranks score, each its batches; rank 0 chooses and calls `finish` with the mask. What that returns, on all ranks.
+
+    Where the ranks hold shards of the weights, one that fails within a layer leaves the others waiting in it: the launcher ends
+    them.
+    """
     ranks = run.ranks
     peers = Peers(ranks.rank, ranks.world, ranks.group, ranks.group if run.model.device.type == "cpu" else None)
     found = 0
@@ -57,6 +62,8 @@ def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:
     except PeerFailed as error:
         raise PeerError(str(error)) from None
     except BaseException as error:
+        if not isinstance(error, UserError) and any(is_partitioned(p) for p in run.model.parameters()):
+            raise
         if peers.failed(error) and not ranks.is_main:
             raise PeerError(f"rank 0 stopped: {error}") from error  # it has told the user
         raise
@@ -67,11 +74,11 @@ def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:
     return ranks.gather(found)[0]
 
 
-def metric_of(cfg: RunConfig, model: Any) -> sc.Metric:
+def metric_of(cfg: RunConfig, model: Any, world: int = 1) -> sc.Metric:
     """The row of core's table that `adapter.metric` means: a name, one's own function or Metric, or weight_change."""
     name = cfg.adapter.metric
     if name == WEIGHT_CHANGE:
-        return _weight_change(cfg, model)
+        return _weight_change(cfg, model, world)
     if ":" not in name:
         return as_metric(name)
     module_name, _, attribute = name.partition(":")
@@ -124,14 +131,15 @@ def calibration(run: Run, count: int, change: int = 0) -> Iterator[dict[str, tor
         yield {key: value.to(run.model.device) for key, value in batch.items()}
 
 
-def _weight_change(cfg: RunConfig, model: Any) -> sc.Metric:
+def _weight_change(cfg: RunConfig, model: Any, world: int) -> sc.Metric:
     """|θ_tuned − θ|, from a checkpoint of the same architecture that was fully fine-tuned."""
     import dataclasses
 
-    from . import models
+    from . import models, shards
 
     assert cfg.adapter.tuned_model is not None
     other = dataclasses.replace(cfg.model, name=cfg.adapter.tuned_model, revision=None)
-    with models.one_line_errors(other):
+    with models.one_line_errors(other), shards.loading(cfg.deepspeed, world) as finish:
         tuned = type(model).from_pretrained(models.locate(other), dtype=model.dtype, trust_remote_code=False)
+    finish(tuned)
     return sc.weight_change(tuned)

@@ -10,7 +10,7 @@ from typing import Any
 from speft_core.errors import UserError
 from speft_core.files import atomic_folder, atomic_write
 
-from . import checkpoints, refusals
+from . import checkpoints, refusals, shards
 from .config import to_yaml
 from .context import Run
 
@@ -34,7 +34,7 @@ def load(run: Run) -> Result:
     if classifies:
         classification.load(run)
     else:
-        run.model, run.tokenizer = models.load_model(run.cfg)
+        run.model, run.tokenizer = models.load_model(run.cfg, world=run.ranks.world)
     dtype = str(run.model.dtype).removeprefix("torch.")
     refusals.check(run.cfg, dtype)
     if torch.cuda.is_available() and not run.cfg.train.get("use_cpu"):
@@ -43,7 +43,7 @@ def load(run: Run) -> Result:
         run.data = data.build(run.cfg, run.tokenizer)
     for line in run.data.summary(run.cfg.data):
         run.say(f"  {line}")
-    total = sum(p.numel() for p in run.model.parameters())
+    total = shards.total(run.model)
     run.say(f"  {run.cfg.model.name}: {total:,} parameters in {dtype}")
     return {"total_parameters": total}
 
@@ -68,7 +68,7 @@ def find_mask(run: Run) -> Result:
         k = run.ranks.on_main(lambda: keep(_ready_mask(run) if run.cfg.adapter.mask else scoring.score(run)))
     else:
         k = scoring.score_together(run, keep)
-    total = sum(p.numel() for p in run.model.parameters())
+    total = shards.total(run.model)
     run.say(f"  k = {k:,} of {total:,} parameters ({k / total:.3%})")
     return {"k": k, "saliency_seconds": round(time.perf_counter() - started, 3)}
 
@@ -101,11 +101,12 @@ def save(run: Run) -> Result:
     attached = run.attached
     assert attached is not None
     folder = run.folder.path / ADAPTER
+    write = attached.collect(run.ranks.is_main)
 
     def work() -> int:
         checkpoints.require_space(run.folder.path, 8 * attached.trainable, "the adapter")
         with atomic_folder(folder) as beside:
-            attached.save(beside)
+            write(beside)
             if not (beside / "config.json").exists():
                 atomic_write(beside / "config.json", run.model.config.to_json_string())
             atomic_write(beside / "training_config.yaml", to_yaml(run.cfg))
@@ -124,7 +125,7 @@ def evaluate_adapted(run: Run) -> Result:
     from .methods import METHODS
 
     applied = METHODS[run.cfg.adapter.method].applied
-    with applied(run.model, run.cfg, run.folder.path / ADAPTER) as model:
+    with applied(run.model, run.cfg, run.folder.path / ADAPTER, run.ranks.world) as model:
         return {"figures": _evaluate(run, model)}
 
 
@@ -153,7 +154,7 @@ def _ready_mask(run: Run) -> Any:
 
 
 def _evaluate(run: Run, model: Any) -> Result:
-    """Figures on the test data. Each rank takes a share of the rows: the frozen weights are whole on all of them."""
+    """Figures on the test data. Each rank takes a share of the rows."""
     from . import classification, data, evaluate, label_rows
 
     if run.cfg.model.task == "sequence_classification":
@@ -162,23 +163,26 @@ def _evaluate(run: Run, model: Any) -> Result:
     figures: Result = {}
     if run.cfg.data.template == "multiple_choice" and run.data.test_rows:
         rows = ranks.share(list(run.data.test_rows[: settings.limit]))
-        found = evaluate.choose(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress) if rows else {}
+        with shards.evaluating(model, ranks):
+            found = evaluate.choose(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress) if rows else {}
         figures |= _mean(ranks.gather(found), "count")
     elif settings.generation and run.data.test_rows:
         rows = ranks.share(list(run.data.test_rows[: settings.limit]))
         found = {}
-        if rows:
-            found = evaluate.generate_exact_match(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress)
+        with shards.evaluating(model, ranks):
+            if rows:
+                found = evaluate.generate_exact_match(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress)
         figures |= _mean(ranks.gather(found), "count")
     if settings.loss and run.data.test is not None:
         count = len(run.data.test) if settings.limit is None else min(settings.limit, len(run.data.test))
         part = [run.data.test[i] for i in ranks.share(list(range(count)))]
         found = {}
-        if part:
-            ids, labels = [e["input_ids"] for e in part], [e["labels"] for e in part]
-            mine = data.TokenDataset(ids, [[label != label_rows.IGNORED for label in row] for row in labels])
-            collate = data.collator(run.tokenizer, model)
-            found = evaluate.held_out_loss(model, mine, collate, settings.batch_size, progress=run.shows_progress)
+        with shards.evaluating(model, ranks):
+            if part:
+                ids, labels = [e["input_ids"] for e in part], [e["labels"] for e in part]
+                mine = data.TokenDataset(ids, [[label != label_rows.IGNORED for label in row] for row in labels])
+                collate = data.collator(run.tokenizer, model)
+                found = evaluate.held_out_loss(model, mine, collate, settings.batch_size, progress=run.shows_progress)
         figures |= _mean(ranks.gather(found), "tokens")
         figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
     if not figures:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import speft_core as sc
 
-from . import callbacks, checkpoints, engine, label_rows
+from . import callbacks, checkpoints, engine, label_rows, shards
 from .ranks import Ranks
 from .sampler import GlobalBatches
 
@@ -139,12 +139,12 @@ class RunTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, from rank 0."""
         folder = Path(output_dir or self.args.output_dir)
-        with engine.whole(checkpoints.trainable(self.model).values()):
-            if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
-                checkpoints.save_trainable(self.model, folder)
-                if self.dynamic is not None:
-                    checkpoints.save_dynamic(self.dynamic, folder)
+        state = shards.collected(checkpoints.trainable(self.model), self.args.should_save)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.save_trainable(state, folder)
+            if self.dynamic is not None:
+                checkpoints.save_dynamic(self.dynamic, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -156,8 +156,7 @@ class RunTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
-        with engine.whole(checkpoints.trainable(model).values(), change=True):
-            checkpoints.load(model, Path(resume_from_checkpoint), self.dynamic)
+        checkpoints.load(model, Path(resume_from_checkpoint), self.dynamic)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:

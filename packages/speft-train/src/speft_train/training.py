@@ -16,6 +16,7 @@ import torch
 
 import speft_core as sc
 from speft_core.errors import UserError
+from speft_core.partitioned import is_partitioned, whole
 from speft_core.remask import union
 
 from . import checkpoints, dynamic, engine, memory, training_args
@@ -43,6 +44,7 @@ def train(run: Run) -> Result:
     memory.reset_peak()
     started = time.perf_counter()
     use_cache = run.model.config.use_cache
+    ordinary = [p for p in run.attached.model.parameters() if not is_partitioned(p)]
     try:
         if checkpoint is not None and checkpoints.step_of(checkpoint) >= total:
             checkpoints.load(run.attached.model, _best(checkpoint, args), changes)
@@ -74,7 +76,7 @@ def train(run: Run) -> Result:
             signum, f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it"
         )
     result |= _shares(run, trainer)
-    engine.gather_for_good(trainer.model_wrapped, run.attached.model)
+    engine.take_back(trainer.model_wrapped, run.attached.model, ordinary)
     if run.attached.tuner is not None:
         run.attached.tuner.sync()
     _require_finite(run)
@@ -149,7 +151,7 @@ def _of_task(run: Run) -> dict[str, Any]:
 def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
     if checkpoint is not None:
         run.note(f"  resumed from {checkpoint.name}")
-    with run.request.deferring(), _out_of_memory(run):
+    with run.request.deferring(), _out_of_memory(run), engine.lean_linears(run.cfg.deepspeed, run.ranks.world):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.warm_start:
         run.note(f"  warm start: {trainer.warm_start}; Adam's moments were not taken over and started at zero")
@@ -225,12 +227,17 @@ def _checkpoint_to_resume(run: Run) -> Path | None:
 def _require_finite(run: Run) -> None:
     """UserError for values that went wrong after the last log, or in an earlier try of this run."""
     assert run.attached is not None
-    bad = next((n for n, p in checkpoints.trainable(run.attached.model).items() if not torch.isfinite(p).all()), None)
+    bad = next((n for n, p in checkpoints.trainable(run.attached.model).items() if not _is_finite(p)), None)
     if bad is not None:
         raise UserError(
             f"{bad} is not finite after training, so nothing is saved; in another output_dir, lower train.learning_rate,"
             " set train.max_grad_norm, or train in float32 (model.dtype=float32)"
         )
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    with whole([parameter]):
+        return bool(torch.isfinite(parameter).all())
 
 
 def _same_on_all_ranks(run: Run) -> str:
@@ -239,7 +246,8 @@ def _same_on_all_ranks(run: Run) -> str:
     found = hashlib.sha256()
     for name, parameter in checkpoints.trainable(run.attached.model).items():
         found.update(name.encode())
-        found.update(_bytes(parameter))
+        with whole([parameter]):
+            found.update(_bytes(parameter))
     tuner = run.attached.tuner
     if tuner is not None:
         for name in tuner.parked:

@@ -22,37 +22,12 @@ from torch.nn import functional
 from ..errors import UserError
 from ..ops.functions import Tap
 from ..ops.matmul import grad_input
+from ..partitioned import gathering
 from ..slots import AttachedForward
-from ..targets import base_parameters, owners_of, parameter_shape
+from ..targets import base_parameters, owners_of
+from .sums import Accumulator
 
 TILE_ELEMENTS = 1 << 20  # elements of a product formed at a time: 4 MB of fp32
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class Accumulator:
-    """The running sum of one parameter, fp32 (float64 for float64 weights), in the parameter's shape, on `device`."""
-
-    def __init__(self, name: str, parameter: nn.Parameter, device: torch.device | str | None = None) -> None:
-        self.name = name
-        shape, dtype = parameter_shape(parameter), wide_dtype(parameter.dtype)
-        self.sum = torch.zeros(shape, dtype=dtype, device=device or parameter.device)
-
-    def add_product(self, left_TB: torch.Tensor, right_TI: torch.Tensor, start: int = 0) -> None:
-        """Add leftᵀ right to the rows from `start` on, as a product and then one addition.
-
-        Not inside the product's kernel, which would save a pass over both: it adds to the sum in several parts, and an
-        accumulator in host memory, or one that several ranks share, must get the very same bits.
-        """
-        self.add(left_TB.to(self.sum.dtype).T @ right_TI.to(self.sum.dtype), start)
-
-    def add(self, term: torch.Tensor, start: int = 0) -> None:
-        """Add `term` to the rows from `start` on; in the accumulator's dtype and one plain addition an entry."""
-        part = self.sum[start : start + term.shape[0]] if self.sum.dim() else self.sum
-        part.add_(term.to(part.dtype).to(part.device))
 
 
 @dataclass
@@ -85,7 +60,7 @@ class Rule:
 
         Per example, grad_y must be scaled already.
         """
-        dtype = total.sum.dtype
+        dtype = total.dtype
         if self.of_example is None:
             left_TO, right_TI = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1]).to(dtype)
             step = max(1, TILE_ELEMENTS // max(1, right_TI.shape[1]))
@@ -101,7 +76,7 @@ class Rule:
     def bias(self, sum_O: Accumulator, grad_y: torch.Tensor, examples: Examples) -> None:
         """Add for a bias [O] that is added to every row of y."""
         if self.of_example is None:
-            sum_O.add(grad_y.reshape(-1, grad_y.shape[-1]).to(sum_O.sum.dtype).sum(0))
+            sum_O.add(grad_y.reshape(-1, grad_y.shape[-1]).to(sum_O.dtype).sum(0))
         else:
             sum_O.add(self.of_example(self.scaled(sum_O, grad_y, examples).sum(1)).sum(0))
 
@@ -109,7 +84,7 @@ class Rule:
         """grad_y of each example's own loss instead of its share of the batch's, [B, T, O]; unchanged for plain sums."""
         if self.of_example is None:
             return grad_y
-        grad_BTO = examples.split(grad_y, total.name).to(total.sum.dtype)
+        grad_BTO = examples.split(grad_y, total.name).to(total.dtype)
         if examples.share_B is None:
             return grad_BTO
         share_B = examples.share_B.to(grad_BTO)
@@ -158,8 +133,10 @@ class _Scorer:
             grad = self.rule.scaled(total, grad_y, self.examples)
             left, right = (x, grad) if self.transposed else (grad, x)
             self.rule.product(total, left, right, self.examples)
+            total.end()
         if "bias" in self.sums:
             self.rule.bias(self.sums["bias"], grad_y, self.examples)
+            self.sums["bias"].end()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -184,6 +161,7 @@ class _Scorer:
         def add(grad: torch.Tensor) -> torch.Tensor:
             assert self.rule.of_example is None, "a dense gradient mixes the examples of a batch"
             total.add(grad)
+            total.end()
             return grad.new_zeros(0)
 
         return add
@@ -217,7 +195,8 @@ def _anchor(parameter: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad while open and dropout is off; an attached tuner's forwards are out of the way.
+    """No parameter requires grad while open and dropout is off; an attached tuner's forwards are out of the way. A partitioned
+    weight is whole while its own layer computes.
 
     The weights then hold base + values, so what is scored is the model as it has become.
     """
@@ -233,7 +212,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter in required:
             parameter.requires_grad_(False)
-        yield
+        with gathering(model):
+            yield
     finally:
         for forward in attached.values():
             forward.install()

@@ -32,6 +32,10 @@ def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
     return (v for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
 
 
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 def batch_size(batch: Batch) -> int:
     """Examples in a batch: the first dimension of its first tensor."""
     first = next(_tensors(batch), None) if isinstance(batch, Mapping) else None
@@ -66,7 +70,9 @@ class Calibration:
     several passes it is kept (token ids are small), so that a shuffling loader gives each of them the same examples.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None, peers: Peers | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None, peers: Peers | None = None, together: bool = False
+    ) -> None:
         if isinstance(batches, Mapping):
             raise UserError("batches must be a list (or other iterable) of batches, got one batch; put it in a list")
         self.model, self.loss_fn = model, loss_fn or model_loss
@@ -75,6 +81,7 @@ class Calibration:
         self.first = 0  #: examples in its first batch, known from the first batch on
         self.weight = 0.0  #: batches so far, each counted by its size as a share of the first
         self.peers = peers if peers is not None and peers.world > 1 else None
+        self.together = together  #: every forward and backward needs all ranks
         self.shared: Mapping[str, torch.Tensor] = {}  #: the sums that the present pass adds each batch to
 
     def keep(self) -> None:
@@ -92,12 +99,16 @@ class Calibration:
             self.first = self.first or size
             seen, self.weight = seen + size, self.weight + size / self.first
             if number % world == rank:
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                yield number, moved, size
+                yield number, _on(device, batch), size
             if self.peers is not None and number % world == world - 1:
                 self.peers.combine(self.shared, world)
-        if self.peers is not None and (number + 1) % world:
-            self.peers.combine(self.shared, (number + 1) % world)
+        present = (number + 1) % world
+        if self.peers is not None and present:
+            if self.together and rank >= present:
+                self.peers.idle = True
+                yield number, _on(device, batch), size
+                self.peers.idle = False
+            self.peers.combine(self.shared, present)
         if number < 0:
             raise UserError("a data-driven metric needs at least one calibration batch, got none")
         self.examples = seen
@@ -105,8 +116,13 @@ class Calibration:
     def loss(self, number: int, batch: Batch) -> torch.Tensor:
         """The loss of one batch; UserError when it is not finite or cannot be differentiated."""
         loss = self.loss_fn(self.model, batch)
+        wrong = None
         if not bool(torch.isfinite(loss.detach()).all()):
-            raise UserError(f"the calibration loss must be finite, batch {number} gives {loss.detach().mean().item()}")
-        if not loss.requires_grad:
-            raise UserError("the calibration loss does not depend on the targets; are they used in the model's forward?")
+            wrong = f"the calibration loss must be finite, batch {number} gives {loss.detach().mean().item()}"
+        elif not loss.requires_grad:
+            wrong = "the calibration loss does not depend on the targets; are they used in the model's forward?"
+        if self.peers is not None and self.together:
+            self.peers.agree(wrong)
+        elif wrong is not None:
+            raise UserError(wrong)
         return loss

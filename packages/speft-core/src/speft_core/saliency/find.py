@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +12,18 @@ from torch import nn
 
 from ..errors import UserError, nearest
 from ..mask import Budget, SparsityMask, budget_record
+from ..partitioned import is_partitioned, own_part, shards_of
 from ..random_mask import bernoulli_indices, random_indices, split_evenly
 from ..select import SCOPES, LazyScores
 from ..structured import Structure, matrix_shape
 from ..targets import Targets, base_parameters, parameter_shape, resolve_targets
-from .accumulate import wide_dtype
 from .calibration import Batch, Calibration, LossFn
 from .choose import Bound, Chooser
 from .memory import plan_groups
 from .metrics import Metric, Score, as_metric
 from .passes import SHARED, Pass
 from .peers import Peers
+from .sums import wide_dtype
 
 AnyMetric = str | Metric | Score | Mapping[str, torch.Tensor]
 
@@ -55,7 +57,8 @@ def find_mask(
     `hessian="auto"` aside). structure: "entries", "rows", "columns", "blocks:B" or "N:M" (see structured.py).
     min_per_layer, max_per_layer: bounds on the entries of each target, a count, or a share of the target when a float.
     options: of the metric, such as {"sign": 1} for grasp. peers: ranks that share the pass (see peers.py): all call this with the
-    same arguments, rank 0 gets the mask, the others an empty one. Metrics whose pass cannot be shared run on rank 0 alone.
+    same arguments, rank 0 gets the mask, the others an empty one. Metrics whose pass cannot be shared run on rank 0 alone. Ranks
+    that hold the weights in shards (ZeRO-3) choose together and all get the mask.
 
     The model may have a tuner attached: it is then scored as it has become. UserError for an unknown metric, scope, structure
     or option, targets that match nothing, a budget larger than the targets, no batches for a metric that needs them, or
@@ -82,12 +85,15 @@ def find_mask(
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     floors, caps = _bounds("min_per_layer", min_per_layer, sizes), _bounds("max_per_layer", max_per_layer, sizes)
     chooser = Chooser(sizes, shapes, k, scope, floors, caps, form)
-    groups = plan_groups(model, names, memory_limit)
     peers = peers if peers is not None and peers.world > 1 else None
-    is_peer = peers is not None and peers.rank > 0
+    together = _in_shards([parameters[n] for n in names], row, peers)
+    is_peer = peers is not None and peers.rank > 0 and not together
     if is_peer and row.source.compute not in SHARED:
         return SparsityMask({}, {}, made)
-    calibration = Calibration(model, batches, loss_fn, peers if row.source.compute in SHARED else None)
+    groups = plan_groups(model, names, memory_limit)
+    if peers is not None and row.source.compute in SHARED:
+        groups = peers.first(groups)  # free memory may differ
+    calibration = Calibration(model, batches, loss_fn, peers if row.source.compute in SHARED else None, together)
     if len(groups) > 1:
         calibration.keep()
     run = Pass(model, calibration, names, {n: d for group in groups for n, d in group.items()}, _options(row, options))
@@ -96,13 +102,28 @@ def find_mask(
         if is_peer:
             continue
         rank = row.rank if row.rank and not form else row.score
-        chooser.add({n: _lazy(rank, parameters[n], statistics[n]) for n in group})
+        chooser.add({n: _lazy(rank, parameters[n], statistics[n], peers) for n in group})
         del statistics
     if is_peer:
         return SparsityMask({}, {}, made)
     if row.source.reads_batches:
         made["examples"] = calibration.examples
     return SparsityMask(chooser.result(), shapes, made | run.notes)
+
+
+def _in_shards(targets: list[nn.Parameter], row: Metric, peers: Peers | None) -> bool:
+    """Whether the ranks hold shards of the weights, and so go together; UserError for what cannot be done then."""
+    if not any(is_partitioned(p) for p in targets):
+        return False
+    if row.source.needs_whole:
+        raise UserError(
+            f"the metric {row.name} cannot read weights that are partitioned over the ranks (ZeRO stage 3); find this mask where"
+            " they are whole (stage 0 to 2), or choose another metric"
+        )
+    shards = max(shards_of(p) for p in targets)
+    if shards != (1 if peers is None else peers.world):
+        raise UserError(f"the weights lie in shards on {shards} ranks: find_mask needs as many peers")
+    return shards > 1
 
 
 def _options(row: Metric, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -135,26 +156,38 @@ def _random(shapes: dict[str, tuple[int, ...]], k: int, seed: int, mode: str) ->
     raise UserError(f"random_mode must be exact or bernoulli, got {mode!r}")
 
 
-def _lazy(score: Score, parameter: nn.Parameter, statistic: torch.Tensor) -> LazyScores:
-    """Scores of one parameter, made for a stretch of flat indices at a time."""
-    weight, dtype = parameter.detach().reshape(-1), wide_dtype(parameter.dtype)
-    part_of = _flat_part(statistic, tuple(parameter.shape))
+def _lazy(score: Score, parameter: nn.Parameter, statistic: torch.Tensor, peers: Peers | None = None) -> LazyScores:
+    """Scores of one parameter, made for a stretch of flat indices at a time; where ranks hold shards, each by its holder."""
+    weight, shape, dtype = own_part(parameter).reshape(-1), parameter_shape(parameter), wide_dtype(parameter.dtype)
+    numel, size, shards = math.prod(shape), weight.numel(), shards_of(parameter)
+    first = size * peers.rank if peers is not None and shards > 1 else 0
+    part_of = _flat_part(statistic, shape, first if statistic.shape == weight.shape else 0)
 
-    def at(start: int, stop: int) -> torch.Tensor:
-        weight_N, part_N = weight[start:stop].to(dtype), part_of(start, stop)
+    def here(start: int, stop: int) -> torch.Tensor:
+        weight_N, part_N = weight[start - first : stop - first].to(dtype), part_of(start, stop)
         # Where the accumulator is in host memory, the weights' part goes there: a sum of scores is not moved about.
         return score(weight_N.to(part_N.device) if part_N.numel() else weight_N, part_N)
 
-    return LazyScores(weight.numel(), at)
+    def there(start: int, stop: int) -> torch.Tensor:
+        assert peers is not None
+        found = torch.empty(stop - start, dtype=dtype, device=parameter.device)
+        for owner in range(start // size, (stop - 1) // size + 1):
+            low, high = max(start, owner * size), min(stop, (owner + 1) * size)
+            peers.told_by(owner, partial(here, low, high), found[low - start : high - start])
+        return found
+
+    return LazyScores(numel, here if shards == 1 else there)
 
 
-def _flat_part(statistic: torch.Tensor, shape: tuple[int, ...]) -> Callable[[int, int], torch.Tensor]:
-    """Flat parts of a statistic that has the parameter's shape, broadcasts against it as a matrix, or is empty."""
+def _flat_part(statistic: torch.Tensor, shape: tuple[int, ...], first: int) -> Callable[[int, int], torch.Tensor]:
+    """Flat parts of a statistic that has the parameter's shape, broadcasts against it as a matrix, is empty, or is the rank's
+    shard, which begins with the entry `first`.
+    """
     if statistic.numel() == 0:
         return lambda start, stop: statistic
     flat = statistic.reshape(-1)
-    if tuple(statistic.shape) == shape:
-        return lambda start, stop: flat[start:stop]
+    if tuple(statistic.shape) == shape or statistic.dim() < 2:
+        return lambda start, stop: flat[start - first : stop - first]
 
     def broadcast(start: int, stop: int) -> torch.Tensor:
         position = torch.arange(start, stop, device=flat.device)
@@ -176,6 +209,8 @@ def saliency_scores(
     For small models, plots and oracles: it holds one number per scalar. UserError as in find_mask.
     """
     row, names, parameters = as_metric(metric), resolve_targets(model, targets), base_parameters(model)
+    if any(shards_of(p) > 1 for p in parameters.values()):
+        raise UserError("saliency_scores needs the weights whole; they are partitioned over the ranks (ZeRO stage 3): use find_mask")
     run = Pass(model, Calibration(model, batches, loss_fn), names, options=_options(row, options))
     statistics = row.source.compute(run, names)
     lazy = {n: _lazy(row.score, parameters[n], statistics[n]) for n in names}

@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
 from ..targets import base_parameters
-from .accumulate import frozen, wide_dtype
+from .accumulate import frozen
 from .passes import Pass, Statistics, mean_gradient
+from .sums import wide_dtype
 
 HESSIANS = ("auto", "exact", "finite")
 # Length of a finite difference over ‖θ‖. In fp32 on four pico architectures the error is 4e-5 to 7e-5 at 5e-5, and above 1e-4

@@ -6,11 +6,11 @@ import math
 import os
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
+from ..partitioned import own_part, shards_of
 from ..targets import base_parameters, parameter_shape
-from .accumulate import wide_dtype
+from .sums import wide_dtype
 
 
 def free_host_memory() -> int:
@@ -30,13 +30,15 @@ def plan_groups(model: nn.Module, names: Sequence[str], memory_limit: int | None
 
     memory_limit: bytes that accumulators may take on the model's device (None: no limit). On an accelerator what is beyond
     goes to host memory, half of what is free there; what is beyond that, and on a CPU whatever is beyond the limit, takes
-    further passes. A group holds at least one target, in model order.
+    further passes. A group holds at least one target, in model order. Of partitioned weights each rank has a shard's sum.
     """
     parameters = base_parameters(model)
-    sizes = {
-        n: math.prod(parameter_shape(parameters[n])) * torch.empty(0, dtype=wide_dtype(parameters[n].dtype)).element_size()
-        for n in names
-    }
+
+    def size(parameter: nn.Parameter) -> int:
+        entries = own_part(parameter).numel() if shards_of(parameter) > 1 else math.prod(parameter_shape(parameter))
+        return entries * wide_dtype(parameter.dtype).itemsize
+
+    sizes = {n: size(parameters[n]) for n in names}
     if memory_limit is None:
         return [{n: str(parameters[n].device) for n in names}]
     host_limit = free_host_memory() // 2 if any(parameters[n].device.type not in ("cpu", "meta") for n in names) else 0

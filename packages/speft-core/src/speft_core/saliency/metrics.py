@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError, nearest
-from ..targets import base_parameters
+from ..partitioned import own_part
+from ..targets import base_parameters, parameter_shape
 from .grasp import hessian_gradient
 from .passes import Pass, Statistics, absolute_gradient, input_norms, mean_gradient, squared_gradient
 from .synflow import synaptic_flow
@@ -29,11 +30,14 @@ def nothing(run: Pass, names: Sequence[str]) -> Statistics:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A row of the table of passes. `compute` fills one group of targets; the options it reads are named."""
+    """A row of the table of passes. `compute` fills one group of targets; the options it reads are named. needs_whole: it
+    reads or changes weights outside their own layer's forward, so that these must not lie in shards.
+    """
 
     compute: Callable[[Pass, Sequence[str]], Statistics]
     reads_batches: bool
     options: tuple[str, ...] = ()
+    needs_whole: bool = False
 
 
 STATISTICS: dict[str, Statistic] = {
@@ -42,8 +46,8 @@ STATISTICS: dict[str, Statistic] = {
     "squared_gradient": Statistic(squared_gradient, True),
     "absolute_gradient": Statistic(absolute_gradient, True),
     "input_norm": Statistic(input_norms, True),
-    "hessian_gradient": Statistic(hessian_gradient, True, ("sign", "hessian", "step")),
-    "synaptic_flow": Statistic(synaptic_flow, False),
+    "hessian_gradient": Statistic(hessian_gradient, True, ("sign", "hessian", "step"), needs_whole=True),
+    "synaptic_flow": Statistic(synaptic_flow, False, needs_whole=True),
 }
 
 
@@ -127,9 +131,10 @@ def weight_change(tuned: nn.Module | Mapping[str, torch.Tensor]) -> Metric:
     def take(run: Pass, names: Sequence[str]) -> Statistics:
         found, own = {}, base_parameters(run.model)
         for name in names:
-            if name not in after or after[name].shape != own[name].shape:
-                raise UserError(f"weight_change needs {name} of shape {tuple(own[name].shape)} in the tuned model")
-            found[name] = after[name].detach().to(own[name].device)
+            shape = parameter_shape(own[name])
+            if name not in after or parameter_shape(after[name]) != shape:
+                raise UserError(f"weight_change needs {name} of shape {shape} in the tuned model")
+            found[name] = own_part(after[name]).to(own[name].device)
         return found
 
     return Metric("weight_change", Statistic(take, False), lambda w, a: (a.to(w.dtype) - w).abs(), "|θ_tuned − θ|")
@@ -140,7 +145,7 @@ def given_scores(scores: Mapping[str, torch.Tensor]) -> Metric:
 
     def take(run: Pass, names: Sequence[str]) -> Statistics:
         for name in names:
-            if name not in scores or scores[name].shape != base_parameters(run.model)[name].shape:
+            if name not in scores or tuple(scores[name].shape) != parameter_shape(base_parameters(run.model)[name]):
                 raise UserError(f"the given scores need {name} in the parameter's shape; they lack it or differ")
         return {n: scores[n].detach().to(base_parameters(run.model)[n].device) for n in names}
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..targets import base_parameters, owners_of
-from .accumulate import Accumulator, Examples, Rule, accumulating, frozen, is_batched, is_conv1d, wide_dtype
+from ..targets import base_parameters, owners_of, parameter_shape
+from .accumulate import Examples, Rule, accumulating, frozen, is_batched, is_conv1d
 from .calibration import Batch, Calibration, batch_size, sequence_length, shares_of_examples
+from .sums import Accumulator, wide_dtype
 
 Statistics = dict[str, torch.Tensor]
 
@@ -37,7 +38,7 @@ class Pass:
     def accumulators(self, names: Sequence[str]) -> dict[str, Accumulator]:
         """Fresh accumulators of `names`, at zero."""
         parameters = base_parameters(self.model)
-        return {n: Accumulator(n, parameters[n], self.where.get(n)) for n in names}
+        return {n: Accumulator(n, parameters[n], self.where.get(n), self.calibration.peers) for n in names}
 
 
 def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
@@ -46,13 +47,18 @@ def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
     Each batch counts by its number of examples, so that a short last batch weighs less. Dropout is off meanwhile.
     """
     sums = run.accumulators(names)
-    run.calibration.shared = {n: s.sum for n, s in sums.items()}
+    run.calibration.shared = _combined(sums)
     with frozen(run.model), accumulating(run.model, sums, Rule(), run.all_names), torch.enable_grad():
         for number, batch, size in run.calibration:
             loss = run.calibration.loss(number, batch).mean()
             # The product is exact for all batches as large as the first.
             (loss * (size / run.calibration.first)).backward()
     return {n: s.sum.div_(run.calibration.weight) for n, s in sums.items()}
+
+
+def _combined(sums: Mapping[str, Accumulator]) -> Statistics:
+    """The sums that ranks combine after each round; those in shards are combined layer by layer."""
+    return {n: s.sum for n, s in sums.items() if not s.is_shard}
 
 
 def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tensor], torch.Tensor]) -> Statistics:
@@ -66,17 +72,22 @@ def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tens
     with frozen(run.model):
         batched = is_batched(run.model, names)
         at_once, alone = [n for n in names if batched[n]], [n for n in names if not batched[n]]
+        if alone and run.calibration.together:
+            raise UserError(
+                f"the weights are partitioned over the ranks, which can score single examples for untied linear layers alone;"
+                f" {alone[0]} is none: choose other targets, or find the mask where the weights are whole (ZeRO stage 0 to 2)"
+            )
         if at_once and alone:
             run.calibration.keep()
         if at_once:
             part = {n: sums[n] for n in at_once}
-            run.calibration.shared = {n: s.sum for n, s in part.items()}
+            run.calibration.shared = _combined(part)
             with accumulating(run.model, part, Rule(function), run.all_names) as examples, torch.enable_grad():
                 for number, batch, _ in run.calibration:
                     _backward_examples(run, number, batch, examples)
         if alone:
             gradients = run.accumulators(alone)
-            run.calibration.shared = {n: sums[n].sum for n in alone}
+            run.calibration.shared = _combined({n: sums[n] for n in alone})
             with accumulating(run.model, gradients, Rule(), run.all_names) as examples, torch.enable_grad():
                 for number, batch, _ in run.calibration:
                     for piece in _single_examples(batch):
@@ -100,7 +111,7 @@ def _single_examples(batch: Batch) -> list[Batch]:
 def _backward_examples(run: Pass, number: int, batch: Batch, examples: Examples) -> None:
     examples.count, examples.length = batch_size(batch), sequence_length(batch)
     examples.share_B = shares_of_examples(run.model, batch)
-    if not bool((examples.share_B > 0).any()):
+    if not run.calibration.together and not bool((examples.share_B > 0).any()):
         return  # no labelled token, so no loss
     loss = run.calibration.loss(number, batch)
     if loss.dim() == 1 and loss.numel() == examples.count:
@@ -148,10 +159,12 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
                     continue  # a head tied to the embeddings: its inputs are the head's
                 raise UserError(f"wanda scores only weights of linear layers, {name} is none; choose other targets")
             transposed = is_conv1d(module)
-            shape = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
+            rows, columns = parameter_shape(weight)
+            shape = (rows, 1) if transposed else (1, columns)
             squares.setdefault(name, torch.zeros(shape, dtype=wide_dtype(weight.dtype), device=weight.device))
             hooks.append(module.register_forward_pre_hook(watch(name)))
     run.calibration.shared = squares
+    peers = run.calibration.peers if run.calibration.together else None
     try:
         with frozen(run.model), torch.no_grad():
             for _, batch, _ in run.calibration:
@@ -160,6 +173,8 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
     finally:
         for hook in hooks:
             hook.remove()
+    if peers is not None:
+        squares = {n: peers.told_by(0, lambda s=s: s, s.clone()) for n, s in squares.items()}  # type: ignore[misc]
     return {n: s.sqrt_() for n, s in squares.items()}
 
 

@@ -55,7 +55,7 @@ def applied(subject: Subject, model: Any) -> Iterator[Any]:
         return
     from ..methods import METHODS
 
-    with METHODS[subject.cfg.adapter.method].applied(model, subject.cfg, subject.adapter) as adapted:
+    with METHODS[subject.cfg.adapter.method].applied(model, subject.cfg, subject.adapter, 1) as adapted:
         yield adapted
 
 
