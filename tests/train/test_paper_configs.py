@@ -30,6 +30,7 @@ SPEFT_K = {
     "speft/qwen2_7b_oasst2.yaml": 40_370_176,
     "speft/table1_minilm.yaml": 73_728,
     "speft/scope_minilm.yaml": 73_728,
+    "speft/smollm2_instruct.yaml": 921_600,
 }
 # The share of all parameters that the paper prints beside k, in percent.
 SPEFT_SHARE = {

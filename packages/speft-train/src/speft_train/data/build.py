@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speft_core.errors import UserError
 
 from ..config import DataConfig, RunConfig
 from .collate import Collator, collator
-from .sources import NoSplitError, Rows, available_columns, file_kind, load_rows
+from .sources import READERS, NoSplitError, Rows, available_columns, file_kind, load_rows
 from .templates import TEMPLATES, Rendered, columns_of
 from .tokens import LengthReport, TokenDataset, tokenize
 
@@ -46,6 +47,8 @@ def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     wrong.
     """
     data = cfg.data
+    if data.more_tests:
+        raise UserError(f"data.more_tests is for model.task sequence_classification; the task is {cfg.model.task}")
     rows = load_splits(data)
     sets: dict[str, TokenDataset] = {}
     reports: dict[str, LengthReport] = {}
@@ -96,6 +99,15 @@ def load_splits(data: DataConfig) -> dict[str, Rows]:
         except NoSplitError:
             pass  # many data sets have training data only
     return rows
+
+
+def load_more_tests(data: DataConfig) -> dict[str, Rows]:
+    """Name -> rows, of the files and Hub splits of data.more_tests."""
+    made = {}
+    for name, place in data.more_tests.items():
+        is_file = Path(place).suffix.lower() in READERS
+        made[name] = _taken(*((place, data.test_split) if is_file else (data.test or data.train, place)), data.test_size, data)
+    return made
 
 
 def _taken(source: str, split: str, size: int | None, data: DataConfig) -> Rows:
