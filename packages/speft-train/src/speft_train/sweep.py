@@ -169,7 +169,9 @@ def _elsewhere(cell: Cell, device: str | None) -> None:
 
 
 def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str, str], tuple[tuple[str, Any], ...]]:
-    """For each place of the table the candidate with the best validation score, by the first seed."""
+    """For each place of the table the candidate with the best validation score, by the first seed; of equal ones (all may
+    answer with the majority class) the one with the least validation loss.
+    """
     cells = [
         sweep.cell(row, column, sweep.seeds[0], tuned)
         for column in sweep.columns
@@ -177,7 +179,7 @@ def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str
         for tuned in sweep.candidates(row)
     ]
     run_cells(cells, console, settings)
-    best: dict[tuple[str, str], tuple[float, tuple[tuple[str, Any], ...]]] = {}
+    best: dict[tuple[str, str], tuple[tuple[float, float], tuple[tuple[str, Any], ...]]] = {}
     for cell in cells:
         found = figures(cell)
         if found is None:
@@ -187,7 +189,7 @@ def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str
         if held is found["adapted"] and held.get("split") != "validation":
             raise UserError("sweep.tune needs validation data: set data.validation or data.validation_from_train")
         score = sweep_table.score_of(held, name)
-        rank = -score if name in LOWER_IS_BETTER else score
+        rank = (-score if name in LOWER_IS_BETTER else score, -float(held.get("loss", 0.0)))
         place = (cell.row, cell.column)
         if place not in best or rank > best[place][0]:
             best[place] = (rank, cell.tuned)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import yaml
 
 from speft_core.errors import UserError, nearest
 
-from .config import RunConfig, from_mapping
+from .config import SECTIONS, RunConfig, from_mapping
 from .config_layers import read_layers, read_value
 
 KEYS = ("rows", "columns", "tune", "seeds", "vars")
@@ -123,7 +123,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), grid: Sequence[str] = 
     if not listed or not all(isinstance(seed, int) for seed in listed):
         raise UserError(f"{path}: sweep.seeds must be a count of at least 1 or a list of whole numbers; got {given!r}")
     made = Sweep(
-        tree=tree, rows=rows, seeds=listed, tune=section.get("tune") or {},
+        tree=tree, rows=rows, seeds=listed, tune=_flat(section.get("tune") or {}),
         columns=_kept(section.get("columns")) or {"score": {}}, name=str(path),
     )  # fmt: skip
     for column in made.columns:
@@ -147,7 +147,30 @@ def _check_tune(path: Path, made: Sweep) -> None:
 
 def _kept(named: Mapping[str, Any] | None) -> dict[str, Settings]:
     """Rows or columns; null takes out one of a base file."""
-    return {name: dict(settings) for name, settings in (named or {}).items() if settings is not None}
+    return {name: _flat(settings) for name, settings in (named or {}).items() if settings is not None}
+
+
+def _flat(settings: Any) -> Any:
+    """train.learning_rate for what the command line (sweep.tune.train.learning_rate=...) nests under a section's name."""
+    if not isinstance(settings, Mapping):
+        return settings
+    made: Settings = {}
+    for key, value in settings.items():
+        if key == "tune":
+            made[key] = _flat(value)
+        elif key in SECTIONS and isinstance(value, Mapping):
+            made |= dict(_leaves(key, value))
+        else:
+            made[key] = value
+    return made
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    else:
+        yield key, value
 
 
 def _axis(item: str) -> tuple[str, list[Any]]:
