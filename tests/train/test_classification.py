@@ -320,6 +320,20 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut(folders: dict[str, 
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
 
 
+def test_more_tests_are_scored_beside_the_test_data(folders: dict[str, Path], tmp_path: Path) -> None:
+    data, other = write(tmp_path / "pairs.jsonl", sentences(24)), write(tmp_path / "other.jsonl", sentences(7))
+    made = tree(folders["bert"], data, tmp_path / "run", data={"more_tests": {"mismatched": other}})
+    figures = run(made, tmp_path)["adapted"]
+    alone = tree(folders["bert"], data, tmp_path / "alone", data={"test": other})
+    expected = run(alone, tmp_path)["adapted"]
+    assert figures["mismatched"]["count"] == 7 and figures["count"] != 7
+    assert figures["mismatched"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert "accuracy, mismatched" in (tmp_path / "run/report.md").read_text()
+    bad = tree(folders["bert"], data, tmp_path / "bad", data={"more_tests": {"validation": other, "accuracy": other}})
+    with pytest.raises(UserError, match="none of the figures' and splits'; got accuracy, validation"):
+        run(bad, tmp_path)
+
+
 def test_early_stopping_ships_the_best_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", sentences(43))
     train = {

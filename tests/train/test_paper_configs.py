@@ -30,6 +30,7 @@ SPEFT_K = {
     "speft/qwen2_7b_oasst2.yaml": 40_370_176,
     "speft/table1_minilm.yaml": 73_728,
     "speft/scope_minilm.yaml": 73_728,
+    "speft/smollm2_instruct.yaml": 921_600,
 }
 # The share of all parameters that the paper prints beside k, in percent.
 SPEFT_SHARE = {
@@ -51,7 +52,7 @@ def test_every_row_with_a_budget_trains_as_many_scalars_as_the_paper(file: str) 
     column = next(iter(made.columns))
     counts = {}
     for row in made.rows:
-        cell = made.cell(row, column, made.seeds[0], made.candidates()[0])
+        cell = made.cell(row, column, made.seeds[0], made.candidates(row)[0])
         if cell.cfg.adapter.method in ("sparse", "lora", "pissa"):
             counts[row] = sweep.planned_count(cell)
     assert counts and set(counts.values()) == {SPEFT_K[file]}
@@ -70,7 +71,7 @@ def test_the_share_of_all_parameters_is_the_papers(file: str) -> None:
 def test_sparta_counts_outside_the_embeddings(file: str) -> None:
     made = load_sweep(CONFIGS / file)
     for row, millions in SPARTA_MILLIONS.items():
-        cell = made.cell(row, next(iter(made.columns)), 0, made.candidates()[0])
+        cell = made.cell(row, next(iter(made.columns)), 0, made.candidates(row)[0])
         assert sweep.planned_count(cell) / 1e6 == pytest.approx(millions, rel=0.01)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,20 @@ def test_validation_from_the_end_of_train(tmp_path: Path) -> None:
         load_splits(DataConfig(train=path, validation=path, validation_from_train=1))
     rows = load_splits(DataConfig(train="bundled:word-problems", train_size=20, validation_from_train=5, test_size=5))
     assert {name: len(split) for name, split in rows.items()} == {"train": 20, "validation": 5, "test": 5}
+
+
+def test_sorted_files_are_shuffled_before_any_rows_are_taken(tmp_path: Path) -> None:
+    path = json_lines(tmp_path, [{"text": str(n), "label": int(n >= 50)} for n in range(100)])
+    cut = DataConfig(train=path, test=path, train_size=30, test_size=20, validation_from_train=20, shuffle_seed=3)
+    rows = load_splits(cut)
+    assert rows == load_splits(cut) and rows["train"] != load_splits(dataclasses.replace(cut, shuffle_seed=4))["train"]
+    for name, size in {"train": 30, "test": 20, "validation": 20}.items():
+        assert len(rows[name]) == size and {row["label"] for row in rows[name]} == {0, 1}, name
+    kept = {row["text"] for row in rows["train"]}
+    assert len(kept) == 30 and not kept & {row["text"] for row in rows["validation"]}
+    everything = load_splits(dataclasses.replace(cut, train_size=None, test_size=None))
+    assert len(everything["train"]) == 80 and everything["train"][:30] == rows["train"]
+    assert {row["text"] for row in everything["test"]} == {str(n) for n in range(100)}
 
 
 def test_build(tmp_path: Path) -> None:

@@ -111,6 +111,48 @@ def test_settings_are_chosen_by_the_validation_score(config: Path, tmp_path: Pat
     assert len(set(validation.values())) == 2
 
 
+def test_equal_scores_are_told_apart_by_the_loss(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = load_sweep(config, ["sweep.tune.train.learning_rate=[1e-3,2e-3,3e-3]", "sweep.columns.B=null"])
+    losses = {1e-3: 0.7, 2e-3: 0.6, 3e-3: 0.65}
+
+    def found(cell: Cell) -> dict[str, Any]:
+        rate = dict(cell.tuned)["train.learning_rate"]
+        better = 0.51 if cell.row == "head" and rate == 3e-3 else 0.5
+        return {"adapted": {"validation": {"accuracy": better, "loss": losses[rate]}}}
+
+    monkeypatch.setattr(sweep, "run_cells", lambda *_: None)
+    monkeypatch.setattr(sweep, "figures", found)
+    chosen = sweep._tuned(made, sweep.Console(), sweep.Settings())
+    assert {row: dict(tuned)["train.learning_rate"] for (row, _), tuned in chosen.items()} == {"sparse": 2e-3, "head": 3e-3}
+
+
+def test_a_row_may_have_candidates_of_its_own(config: Path) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["sweep"] |= {"tune": {"train.learning_rate": [1e-3, 5e-2], "train.max_steps": [1, 2]}}
+    tree["sweep"]["rows"]["full"] = {"adapter.method": "full", "tune": {"train.learning_rate": [1e-5]}}
+    config.write_text(yaml.safe_dump(tree))
+    made = load_sweep(config)
+    rates = {row: [dict(tuned)["train.learning_rate"] for tuned in made.candidates(row)] for row in ("head", "full")}
+    assert rates == {"head": [1e-3, 1e-3, 5e-2, 5e-2], "full": [1e-5, 1e-5]}
+    assert [made.cell("full", "A", 0, tuned).cfg.train["max_steps"] for tuned in made.candidates("full")] == [1, 2]
+    untuned = load_sweep(config, ["sweep.tune=null"])
+    assert untuned.candidates("full") == [()] and untuned.cell("full", "A", 0, ()).cfg.train["learning_rate"] == 1e-3
+    for own, message in (({"seed": [1]}, "seed is not tuned"), ({"train.max_steps": 3}, "must map settings to lists")):
+        tree["sweep"]["rows"]["full"]["tune"] = own
+        config.write_text(yaml.safe_dump(tree))
+        with pytest.raises(UserError, match=f"sweep.rows.full.tune.*{message}"):
+            load_sweep(config)
+
+
+def test_the_command_line_reaches_into_rows_columns_and_candidates(config: Path) -> None:
+    given = ["sweep.tune.train.learning_rate=[1e-2]", "sweep.rows.head.train.max_steps=7", "sweep.columns.A.adapter.budget.density=0.5"]
+    made = load_sweep(config, given)
+    assert made.candidates("head") == [(("train.learning_rate", 1e-2),)]
+    cfg = made.cell("head", "A", 0, made.candidates("head")[0]).cfg
+    assert (cfg.train["learning_rate"], cfg.train["max_steps"], cfg.train["global_batch_size"]) == (1e-2, 7, 4)
+    assert (cfg.adapter.method, cfg.adapter.budget.density, cfg.adapter.budget.k) == ("head", 0.5, None)
+
+
 def test_one_failing_run_does_not_stop_the_others(config: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(config.read_text())
     tree["sweep"] |= {"rows": {"bad": {"adapter.targets": ["nothing"]}, "good": {}}, "seeds": 1}
@@ -126,6 +168,8 @@ def test_one_failing_run_does_not_stop_the_others(config: Path, tmp_path: Path) 
         ({"row": {}}, "sweep.row: unknown key. Did you mean 'rows'"),
         ({"columns": {"A": {"score": "accuracie"}}}, "score must be one of"),
         ({"seeds": 0}, "seeds must be a count of at least 1"),
+        ({"tune": {"train.learning_rate": 1e-3}}, "sweep.tune must map settings to lists of values"),
+        ({"tune": [1e-3]}, "sweep.tune must map settings to lists of values"),
     ],
 )
 def test_mistakes_of_a_sweep_section(config: Path, section: dict[str, Any], message: str) -> None:

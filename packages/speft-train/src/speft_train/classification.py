@@ -39,6 +39,7 @@ class LabelledBundle:
     validation: LabelledDataset | None = None
     test: LabelledDataset | None = None
     train_rows: Rows = field(default_factory=list)
+    more_tests: dict[str, LabelledDataset] = field(default_factory=dict)
     test_rows: Rows = field(default_factory=list)
     reports: dict[str, LengthReport] = field(default_factory=dict)
 
@@ -59,17 +60,22 @@ def load(run: Run) -> None:
     cfg = run.cfg
     run.tokenizer = models.load_tokenizer(cfg)
     rows = data.load_splits(cfg.data)
+    more = data.load_more_tests(cfg.data)
+    clash = sorted(set(more) & {"train", "validation", "test", "split", "count", "loss", *SHOWN})
+    if clash:
+        raise UserError(f"data.more_tests: a name must be none of the figures' and splits'; got {', '.join(clash)}")
+    rows |= more
     columns = find_columns(cfg.data, available_columns(rows["train"]), cfg.data.train)
     space, said = label_space(rows["train"], columns.label, cfg.data, cfg.data.train, cfg.model.num_labels)
     encode, sets, reports = encoder(run.tokenizer, cfg.data), {}, {}
     for name, split in rows.items():
-        source = {"validation": cfg.data.validation, "test": cfg.data.test}.get(name) or cfg.data.train
+        source = {"validation": cfg.data.validation, "test": cfg.data.test, **cfg.data.more_tests}.get(name) or cfg.data.train
         find_columns(_exactly(cfg.data, columns), available_columns(split), source)
         if name != "train":
             check_labels(split, columns.label, space, source)
         overlong = cfg.data.overlong if name == "train" else "truncate"  # no example is left out of a score
-        sets[name], reports[name], more = encode_rows(split, columns, space, encode, cfg.data.max_length, overlong, source)
-        said += more
+        sets[name], reports[name], words = encode_rows(split, columns, space, encode, cfg.data.max_length, overlong, source)
+        said += words
     if not len(sets["train"]):
         raise UserError(
             f"data.max_length must leave at least one training example; {cfg.data.max_length} leaves none of"
@@ -78,6 +84,7 @@ def load(run: Run) -> None:
     run.data = LabelledBundle(
         space=space, train=sets["train"], validation=sets.get("validation"), test=sets.get("test"),
         train_rows=rows["train"], test_rows=rows.get("test", []), reports=reports,
+        more_tests={name: sets[name] for name in more},
     )  # fmt: skip
     for line in said:
         run.note(f"  {line}")
@@ -115,7 +122,9 @@ def trainer_metrics(space: LabelSpace) -> Any:
 
 
 def evaluate(run: Run, model: Any) -> Result:
-    """Figures on the test data, or on the validation data where there are no test data; on both where there are both."""
+    """Figures on the test data, or on the validation data where there are no test data; on both where there are both.
+    Those of validation and of each of data.more_tests stand under its name.
+    """
     bundle: LabelledBundle = run.data
     main = bundle.test if bundle.test is not None else bundle.validation
     if main is None:
@@ -125,6 +134,7 @@ def evaluate(run: Run, model: Any) -> Result:
         figures["validation"] = _figures(run, model, bundle.validation)
     elif bundle.test is None:
         figures["split"] = "validation"
+    figures |= {name: _figures(run, model, examples) for name, examples in bundle.more_tests.items()}
     run.say("  " + ", ".join(f"{name} {figures[name]:.4f}" for name in (*SHOWN, "loss") if name in figures))
     return figures
 

@@ -94,6 +94,12 @@ class DataConfig:
     train_size: int | None = key(None, "number of training rows, the first ones (bundled data: how many to make)", minimum=1)
     test_size: int | None = key(None, "number of test rows, the first ones", minimum=1)
     validation_size: int | None = key(None, "number of validation rows, the first ones", minimum=1)
+    shuffle_seed: int | None = key(
+        None, "shuffle each file's rows by this seed before any are taken; many are sorted", minimum=0, added=True
+    )
+    more_tests: dict[str, str] = key(
+        dict, "name -> file, or split of the Hub data set, that a classification is scored on too", added=True
+    )
     validation_from_train: int = key(0, "take this many rows from the end of train for validation", minimum=0)
     max_length: int = key(1024, "longest example in tokens, prompt and answer", minimum=2)
     overlong: str = key("drop", "what to do with longer training examples; test texts are cut", choices=("drop", "truncate"))

@@ -75,8 +75,10 @@ def figure_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("spearman", "Spearman correlation"),
         ("count", "test examples"),
     ):
-        if key in base or key in adapted:
-            rows.append((name, _word(base.get(key)), _word(adapted.get(key))))
+        for part in (None, *(n for n, found in adapted.items() if isinstance(found, dict))):
+            was, now = (base, adapted) if part is None else (base.get(part) or {}, adapted[part])
+            if key in was or key in now:
+                rows.append((name + (f", {part}" if part else ""), _word(was.get(key)), _word(now.get(key))))
     return rows
 
 

@@ -49,10 +49,10 @@ def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | No
     if dry_run:
         plan(sweep, console)
         return
-    chosen = _tuned(sweep, console, settings) if len(sweep.candidates()) > 1 else {}
-    only = sweep.candidates()[0]
+    tuning = any(len(sweep.candidates(row)) > 1 for row in sweep.rows)
+    chosen = _tuned(sweep, console, settings) if tuning else {}
     cells = [
-        sweep.cell(row, column, seed, chosen.get((row, column), only))
+        sweep.cell(row, column, seed, chosen.get((row, column), sweep.candidates(row)[0]))
         for seed in sweep.seeds
         for column in sweep.columns
         for row in sweep.rows
@@ -82,7 +82,7 @@ def plan(sweep: Sweep, console: Console) -> None:
         table.add_column(heading)
     for column in sweep.columns:
         for row in sweep.rows:
-            cells = [sweep.cell(row, column, seed, tuned) for tuned in sweep.candidates() for seed in sweep.seeds]
+            cells = [sweep.cell(row, column, seed, tuned) for tuned in sweep.candidates(row) for seed in sweep.seeds]
             done = sum(is_done(cell) for cell in cells)
             k = f"{planned_count(cells[0]):,}"
             table.add_row(column, row, cells[0].cfg.model.name, k, str(len(cells)), str(done))
@@ -169,15 +169,17 @@ def _elsewhere(cell: Cell, device: str | None) -> None:
 
 
 def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str, str], tuple[tuple[str, Any], ...]]:
-    """For each place of the table the candidate with the best validation score, by the first seed."""
+    """For each place of the table the candidate with the best validation score, by the first seed; of equal ones (all may
+    answer with the majority class) the one with the least validation loss.
+    """
     cells = [
         sweep.cell(row, column, sweep.seeds[0], tuned)
         for column in sweep.columns
         for row in sweep.rows
-        for tuned in sweep.candidates()
+        for tuned in sweep.candidates(row)
     ]
     run_cells(cells, console, settings)
-    best: dict[tuple[str, str], tuple[float, tuple[tuple[str, Any], ...]]] = {}
+    best: dict[tuple[str, str], tuple[tuple[float, float], tuple[tuple[str, Any], ...]]] = {}
     for cell in cells:
         found = figures(cell)
         if found is None:
@@ -187,7 +189,7 @@ def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str
         if held is found["adapted"] and held.get("split") != "validation":
             raise UserError("sweep.tune needs validation data: set data.validation or data.validation_from_train")
         score = sweep_table.score_of(held, name)
-        rank = -score if name in LOWER_IS_BETTER else score
+        rank = (-score if name in LOWER_IS_BETTER else score, -float(held.get("loss", 0.0)))
         place = (cell.row, cell.column)
         if place not in best or rank > best[place][0]:
             best[place] = (rank, cell.tuned)

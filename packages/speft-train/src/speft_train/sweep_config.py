@@ -6,6 +6,7 @@ A config file may have a section `sweep`:
       rows:    {gradient: {adapter.metric: gradient}, LoRA: {adapter.method: lora}}    # methods
       columns: {MRPC: {score: accuracy, data.train: ...}, STS-B: {score: pearson, data.train: ...}}    # tasks
       tune:    {train.learning_rate: [1.0e-3, 3.0e-4]}    # the best for each row and column, by validation score
+               # a row's own `tune: {train.learning_rate: [...]}` lists other values of these settings for that row
       seeds:   3    # 0, 1, 2; or a list
       vars:    {root: data}    # for ${sweep.vars.root} in the file, set with sweep.vars.root=... on the command line
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import yaml
 
 from speft_core.errors import UserError, nearest
 
-from .config import RunConfig, from_mapping
+from .config import SECTIONS, RunConfig, from_mapping
 from .config_layers import read_layers, read_value
 
 KEYS = ("rows", "columns", "tune", "seeds", "vars")
@@ -67,9 +68,11 @@ class Sweep:
         """Where the runs and the table go."""
         return Path(self.tree["output_dir"])
 
-    def candidates(self) -> list[tuple[tuple[str, Any], ...]]:
-        """Every combination of the tuned settings; a single empty one when nothing is tuned."""
-        return [tuple(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
+    def candidates(self, row: str) -> list[tuple[tuple[str, Any], ...]]:
+        """Every combination of the tuned settings, the row's own values first; a single empty one when nothing is tuned."""
+        own = self.rows[row].get("tune") or {}
+        listed = {key: own.get(key, values) for key, values in self.tune.items()}
+        return [tuple(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())]
 
     def score(self, column: str) -> str | None:
         """The figure that a column shows; None for the first of SCORES that a run has."""
@@ -78,7 +81,8 @@ class Sweep:
 
     def cell(self, row: str, column: str, seed: int, tuned: tuple[tuple[str, Any], ...]) -> Cell:
         """The run of one place in the table, checked."""
-        settings = {k: v for k, v in self.columns[column].items() if k != "score"} | self.rows[row] | dict(tuned)
+        settings = {k: v for k, v in (*self.columns[column].items(), *self.rows[row].items()) if k not in ("score", "tune")}
+        settings |= dict(tuned)
         parts = [column, row, *("-".join((key.rpartition(".")[2], str(value))) for key, value in tuned), f"seed{seed}"]
         folder = self.folder.joinpath(*map(_slug, parts))
         tree = _with(self.tree, {**settings, "seed": seed, "output_dir": str(folder)})
@@ -86,14 +90,14 @@ class Sweep:
 
     def every_cell(self) -> list[Cell]:
         """Each place of the table with every candidate and seed, whether or not it is needed."""
-        places = itertools.product(self.columns, self.rows, self.candidates(), self.seeds)
-        return [self.cell(row, column, seed, tuned) for column, row, tuned, seed in places]
+        places = itertools.product(self.columns, self.rows, self.seeds)
+        return [self.cell(row, column, seed, tuned) for column, row, seed in places for tuned in self.candidates(row)]
 
     def all_cells(self) -> list[Cell]:
         """Every run that may be needed, for a dry run."""
         cells = []
         for column, row in itertools.product(self.columns, self.rows):
-            cells += [self.cell(row, column, self.seeds[0], tuned) for tuned in self.candidates()]
+            cells += [self.cell(row, column, self.seeds[0], tuned) for tuned in self.candidates(row)]
         return cells
 
 
@@ -119,19 +123,54 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), grid: Sequence[str] = 
     if not listed or not all(isinstance(seed, int) for seed in listed):
         raise UserError(f"{path}: sweep.seeds must be a count of at least 1 or a list of whole numbers; got {given!r}")
     made = Sweep(
-        tree=tree, rows=rows, seeds=listed, tune=dict(section.get("tune") or {}),
+        tree=tree, rows=rows, seeds=listed, tune=_flat(section.get("tune") or {}),
         columns=_kept(section.get("columns")) or {"score": {}}, name=str(path),
     )  # fmt: skip
     for column in made.columns:
         score = made.score(column)
         if score not in (None, *SCORES):
             raise UserError(f"{path}: sweep.columns.{column}.score must be one of {', '.join(SCORES)}; got {score!r}")
+    _check_tune(path, made)
     return made
+
+
+def _check_tune(path: Path, made: Sweep) -> None:
+    """Candidates are lists; a row's own are of settings that are tuned for all, and rest where nothing is."""
+    owned = {f"sweep.rows.{row}.tune": settings.get("tune") or {} for row, settings in made.rows.items()}
+    for place, listed in {"sweep.tune": made.tune, **owned}.items():
+        if not isinstance(listed, Mapping) or not all(isinstance(values, list) and values for values in listed.values()):
+            raise UserError(f"{path}: {place} must map settings to lists of values; got {listed!r}")
+        unknown = [key for key in listed if made.tune and key not in made.tune]
+        if unknown:
+            raise UserError(f"{path}: {place}: {unknown[0]} is not tuned; sweep.tune has {', '.join(made.tune)}")
 
 
 def _kept(named: Mapping[str, Any] | None) -> dict[str, Settings]:
     """Rows or columns; null takes out one of a base file."""
-    return {name: dict(settings) for name, settings in (named or {}).items() if settings is not None}
+    return {name: _flat(settings) for name, settings in (named or {}).items() if settings is not None}
+
+
+def _flat(settings: Any) -> Any:
+    """train.learning_rate for what the command line (sweep.tune.train.learning_rate=...) nests under a section's name."""
+    if not isinstance(settings, Mapping):
+        return settings
+    made: Settings = {}
+    for key, value in settings.items():
+        if key == "tune":
+            made[key] = _flat(value)
+        elif key in SECTIONS and isinstance(value, Mapping):
+            made |= dict(_leaves(key, value))
+        else:
+            made[key] = value
+    return made
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    else:
+        yield key, value
 
 
 def _axis(item: str) -> tuple[str, list[Any]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speft_core.errors import UserError
 
 from ..config import DataConfig, RunConfig
 from .collate import Collator, collator
-from .sources import NoSplitError, Rows, available_columns, file_kind, load_rows
+from .sources import READERS, NoSplitError, Rows, available_columns, file_kind, load_rows
 from .templates import TEMPLATES, Rendered, columns_of
 from .tokens import LengthReport, TokenDataset, tokenize
 
@@ -45,6 +47,8 @@ def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     wrong.
     """
     data = cfg.data
+    if data.more_tests:
+        raise UserError(f"data.more_tests is for model.task sequence_classification; the task is {cfg.model.task}")
     rows = load_splits(data)
     sets: dict[str, TokenDataset] = {}
     reports: dict[str, LengthReport] = {}
@@ -74,7 +78,7 @@ def load_splits(data: DataConfig) -> dict[str, Rows]:
     if held and data.validation is not None:
         raise UserError("data: set validation or validation_from_train, not both")
     if held and not data.train.startswith("bundled:"):
-        everything = load_rows(data.train, data.train_split, None, data)
+        everything = _taken(data.train, data.train_split, None, data)
         if held >= len(everything):
             raise UserError(
                 f"data.validation_from_train must be less than the {len(everything)} rows of {data.train}; got {held}"
@@ -82,19 +86,39 @@ def load_splits(data: DataConfig) -> dict[str, Rows]:
         rows["train"] = everything[:-held][: data.train_size]
         rows["validation"] = everything[-held:]
     else:
-        rows["train"] = load_rows(data.train, data.train_split, data.train_size, data)
+        rows["train"] = _taken(data.train, data.train_split, data.train_size, data)
         if held:  # a generator has no end: it makes as many of its validation split
             rows["validation"] = load_rows(data.train, data.validation_split, held, data)
     if data.validation is not None:
-        rows["validation"] = load_rows(data.validation, data.validation_split, data.validation_size, data)
+        rows["validation"] = _taken(data.validation, data.validation_split, data.validation_size, data)
     if data.test is not None:
-        rows["test"] = load_rows(data.test, data.test_split, data.test_size, data)
+        rows["test"] = _taken(data.test, data.test_split, data.test_size, data)
     elif data.train.startswith("bundled:") or file_kind(data.train) is None:
         try:
-            rows["test"] = load_rows(data.train, data.test_split, data.test_size, data)
+            rows["test"] = _taken(data.train, data.test_split, data.test_size, data)
         except NoSplitError:
             pass  # many data sets have training data only
     return rows
+
+
+def load_more_tests(data: DataConfig) -> dict[str, Rows]:
+    """Name -> rows, of the files and Hub splits of data.more_tests."""
+    made = {}
+    for name, place in data.more_tests.items():
+        is_file = Path(place).suffix.lower() in READERS
+        made[name] = _taken(*((place, data.test_split) if is_file else (data.test or data.train, place)), data.test_size, data)
+    return made
+
+
+def _taken(source: str, split: str, size: int | None, data: DataConfig) -> Rows:
+    """The first `size` rows, in the order of the source or in the one that data.shuffle_seed draws; what is generated
+    has no order of its own.
+    """
+    if data.shuffle_seed is None or source.startswith("bundled:"):
+        return load_rows(source, split, size, data)
+    rows = load_rows(source, split, None, data)
+    random.Random(f"rows {data.shuffle_seed}").shuffle(rows)
+    return rows[:size]
 
 
 def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig, source: str) -> list[Rendered]:
@@ -125,7 +149,5 @@ def _non_empty(dataset: TokenDataset | None) -> TokenDataset | None:
 
 def calibration_rows(dataset: Sized, count: int, seed: int | str) -> Sequence[int]:
     """Places of the examples that the saliency pass reads: `count` different ones, drawn by the seed."""
-    import random
-
     count = min(count, len(dataset))
     return random.Random(f"calibration {seed}").sample(range(len(dataset)), count)
