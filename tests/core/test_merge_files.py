@@ -82,6 +82,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
     peaks = {}
     for tensors in (8, 64):
