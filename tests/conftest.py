@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 settings.register_profile("speft", deadline=None, derandomize=True, database=None)
-settings.register_profile("mutation", settings.get_profile("speft"), phases=(Phase.explicit, Phase.generate))
+settings.register_profile("mutation", settings.get_profile("speft"), max_examples=30, phases=(Phase.explicit, Phase.generate))
 settings.load_profile("speft")
 
 

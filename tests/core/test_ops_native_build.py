@@ -105,7 +105,7 @@ def test_a_build_appears_whole_where_it_was_asked_for(
     quick: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], openmp: bool
 ) -> None:
     if not openmp:  # as where PyTorch brings no OpenMP
-        monkeypatch.setattr(native, "_openmp", lambda: [])
+        monkeypatch.setattr(native, "_openmp", list)
     target = quick / "a" / "b" / "native.so"
     native._build(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang", target)
     assert list(target.parent.iterdir()) == [target]
@@ -119,7 +119,7 @@ def test_without_openmp_there_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(native, "_openmp", lambda: ["libgomp.so"])
     assert native._threads() == 3
-    monkeypatch.setattr(native, "_openmp", lambda: [])
+    monkeypatch.setattr(native, "_openmp", list)
     assert native._threads() == 1
 
 
