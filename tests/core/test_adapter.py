@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import speft_core as sc
-from speft_core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from speft_core.adapter_files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
 from speft_core.writing import add_values
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -124,14 +124,15 @@ def test_a_seeded_random_mask_stores_no_indices(tmp_path: Path, mode: str) -> No
         assert torch.equal(model(**batch())["logits"], logits)
 
 
-def test_indices_that_differ_from_the_seeded_draw_are_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["exact", "bernoulli"])
+def test_indices_that_differ_from_the_seeded_draw_are_stored(tmp_path: Path, mode: str) -> None:
     model = Classifier()
-    adapter, _ = trained(model, metric="random", seed=7)
+    adapter, _ = trained(model, metric="random", seed=7, random_mode=mode)
     name = "first.weight"
     kept = adapter.deltas[name]
-    adapter.deltas[name] = sc.SparseDelta(kept.indices_K[1:], kept.values_K[1:], kept.shape)
+    adapter.deltas[name] = sc.SparseDelta(kept.indices_K[-2:], kept.values_K[-2:], kept.shape)
     adapter.save(tmp_path)
-    assert torch.equal(sc.SparseAdapter.load(tmp_path).deltas[name].indices_K, kept.indices_K[1:])
+    assert torch.equal(sc.SparseAdapter.load(tmp_path).deltas[name].indices_K, kept.indices_K[-2:])
 
 
 def test_another_base_is_refused_by_its_first_differing_tensor() -> None:
@@ -285,6 +286,11 @@ HOSTILE = {
     "NaN": lambda d: _edit_tensor(d, "second.weight.values", torch.full((38,), float("nan"))),
     "integers": lambda d: _edit_tensor(d, "second.weight.values", torch.ones(38, dtype=torch.int32)),
     "negative shape": lambda d: _edit_config(d, {"tensors": {"first.weight": {"shape": [-24, 16]}}}),
+    "matrix of values": lambda d: _edit_tensor(d, "first.weight.values", torch.ones(2, 19)),
+    "config too large": lambda d: (d / CONFIG_FILE).write_text(" " * (MAX_CONFIG_BYTES + 1)),
+    "integer head": lambda d: _edit_tensor(d, "dense.score.bias", torch.ones(3, dtype=torch.int64)),
+    "head not finite": lambda d: _edit_tensor(d, "dense.score.bias", torch.full((3,), float("inf"))),
+    "sparse and dense": lambda d: _edit_tensor(d, "dense.first.weight", torch.ones(24, 16)),
     "small shape": lambda d: _edit_config(d, {"tensors": {"first.weight": {"shape": [2, 2]}}}),
 }
 

@@ -11,6 +11,9 @@ from torch import nn
 import pico
 import speft_core as sc
 from attached import DTYPES, IDS, PLAN_NAMES, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask, train
+from speft_core.ops.functions import SparseLinear
+from speft_core.ops.layout import Layout
+from speft_core.ops.plans import PLANS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,3 +195,62 @@ def test_real_architectures_match_the_oracle(name: str, targets: str) -> None:
         torch.testing.assert_close(values_K.grad, expected[weight], rtol=2e-4, atol=1e-7)
     tuner.detach()
     assert same_bits(bits(model), before)
+
+
+def test_reentrant_checkpointing_of_a_transformers_model_loses_no_gradient() -> None:
+    model = pico.llama().train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    batch = pico.batch(model)
+    mask = sc.find_mask(model, metric="magnitude", budget=sc.Budget(k=60))
+    expected = oracle_gradients(model, mask, lambda m: m(**batch).loss)
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    tuner = sc.attach(model, mask)
+    model(**batch).loss.backward()
+    assert any(bool(v.any()) for v in expected.values())
+    for name, values_K in tuner.values.items():
+        assert values_K.grad is not None
+        torch.testing.assert_close(values_K.grad, expected[name], rtol=2e-4, atol=1e-7)
+    tuner.detach()
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+
+
+def test_a_weight_gathered_anew_for_backward_gets_its_values_before_grad_x() -> None:
+    x, weight, base = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4, 5)
+    indices_K, values_K = torch.tensor([2, 11, 19], dtype=torch.int32), torch.randn(3, requires_grad=True)
+    layout = Layout.of(indices_K, (4, 5))
+    written: list[int] = []
+
+    def rewrite() -> None:
+        written.append(1)
+        weight.copy_(base)
+
+    for wants_x in (True, False):
+        given = x.clone().requires_grad_(wants_x)
+        SparseLinear.apply(given, weight, None, values_K, PLANS["dense"], layout, None, None, rewrite).sum().backward()
+        assert len(written) == 1  # before grad_x, and only for it
+        if wants_x:
+            torch.testing.assert_close(given.grad, base.sum(0).expand(3, 5))
+
+
+def test_what_a_tuner_yields_is_what_trains() -> None:
+    model = net()
+    tuner = sc.attach(model, some_mask(model, ["left.weight"]), train_dense=["out"])
+    named = dict(tuner.named_parameters())
+    assert list(named) == ["left.weight", "out.weight", "out.bias"]
+    assert [id(p) for p in tuner.parameters()] == [id(p) for p in named.values()]
+    assert named["left.weight"] is tuner.values["left.weight"] and named["out.bias"] is model.out.bias
+    slot = tuner._slots["left.weight"][0]
+    assert slot.layout_on(torch.device("cpu")) is slot.layout
+    moved = slot.layout_on(torch.device("meta"))
+    assert moved.rows_R.device.type == "meta" and slot.layout_on(torch.device("meta")) is moved
+    with pytest.raises(sc.UserError, match=r"dtype must be one of torch\.float32.*got torch\.int8"):
+        tuner.adapter(torch.int8)
+
+
+def test_a_state_without_the_weight_leaves_what_was_learned() -> None:
+    model = net()
+    tuner = sc.attach(model, some_mask(model, ["left.weight"]))
+    train(tuner, model, 3)
+    before = loss_of(model).item()
+    model.load_state_dict({"norm.weight": model.norm.weight.detach().clone()}, strict=False)
+    assert tuner.values["left.weight"].any() and loss_of(model).item() == before

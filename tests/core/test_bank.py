@@ -155,3 +155,29 @@ def test_mistakes_are_told_and_change_nothing() -> None:
     with pytest.raises(sc.UserError, match="detach"):
         AdapterBank(model)
     tuner.detach()
+
+
+def test_a_bank_that_cannot_be_made_leaves_the_model_alone() -> None:
+    model = net()
+    before = bits(model)
+    with pytest.raises(sc.UserError, match="another base"):
+        AdapterBank(model, {"a": adapter(1), "other": sc.SparseAdapter({"nowhere": adapter(1).deltas["left.weight"]})})
+    assert same_bits(bits(model), before) and not model._forward_hooks and not model._forward_pre_hooks
+    with adapter(1).applied(model), pytest.raises(sc.UserError, match="restore it before making a bank"):
+        AdapterBank(model)
+    bank = AdapterBank(model, {"a": adapter(1)})
+    bank.switch("a")
+    with sc.SparseAdapter({}).applied(model), pytest.raises(sc.UserError, match="applied on top of the bank's"):
+        bank.switch(None)
+    bank.remove("a")
+    assert bank.active is None and same_bits(bits(model), before) and bank.names == []
+
+
+def test_any_base_will_do_when_none_is_asked_for() -> None:
+    model = net(seed=5)
+    with pytest.raises(sc.UserError, match="another base"):
+        AdapterBank(model, {"a": adapter(1)})
+    bank = AdapterBank(model, {"a": adapter(1), "b": adapter(2)}, check_base=False)
+    bank.switch("a")
+    bank.remove("b")  # one that is not in
+    assert bank.active == "a" and bank.names == ["a"]

@@ -119,3 +119,40 @@ def test_an_applied_adapter_leaves_nothing_in_the_graph() -> None:
     with adapter.applied(model):
         assert all("forward" not in vars(m) and not m._forward_hooks for m in model.modules())
         assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("names", [LINEAR, None], ids=["linear", "everything"])
+def test_what_a_graph_traces_gives_the_same_when_it_is_run(
+    monkeypatch: pytest.MonkeyPatch, names: list[str] | None, autocast: bool
+) -> None:
+    model, mask = net(), some_mask(net(), names)
+    tuner = sc.attach(model, mask)
+    losses, grads = [], []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses.append(loss_of(model))
+        losses[-1].backward()
+        grads.append({n: v.grad.clone() for n, v in tuner.values.items()})
+        for values_K in tuner.values.values():
+            values_K.grad = None
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, grad_K in grads[0].items():
+        assert float((grads[1][name] - grad_K).norm()) <= (2e-2 if autocast else 1e-5) * float(grad_K.norm())
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_an_input_given_by_name_is_trained_all_the_same(monkeypatch: pytest.MonkeyPatch, compiling: bool) -> None:
+    layer, x = nn.Linear(5, 4), torch.randn(3, 5)
+    tuner = sc.attach(layer, some_mask(layer, density=0.5))
+    grads = []
+    for call in (lambda: layer(x), lambda: layer(input=x)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        call().square().sum().backward()
+        grads.append({n: v.grad.clone() for n, v in tuner.values.items()})
+        for values_K in tuner.values.values():
+            values_K.grad = None
+    assert grads[0].keys() == {"weight", "bias"} and all(g.any() for g in grads[0].values())
+    for name, grad_K in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad_K)

@@ -171,7 +171,7 @@ def test_final_budget_prunes_the_union_and_says_what_it_costs(tmp_path: Path) ->
     run = Run(tmp_path).train()
     whole = run.dynamic.report()["union"]
     assert BUDGET.k is not None
-    cost = run.dynamic.prune(BUDGET.k)
+    cost = run.dynamic.prune(BUDGET.k, run.optimizer)
     assert cost["kept"] == BUDGET.k
     assert cost["dropped"] == whole - BUDGET.k > 0
     assert 0 < cost["lost"] < 1
@@ -209,6 +209,30 @@ def test_training_after_a_change_equals_a_dense_model_with_its_gradient_masked(t
     assert len(run.dynamic.changes) == 2
 
 
+def test_a_mask_of_any_tensor_can_change_without_an_optimizer() -> None:
+    """Norms are trained through a tap, which has no layout to make anew."""
+    model = pico.llama()
+    names = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+    masks = [sc.find_mask(model, metric="random", budget=sc.Budget(k=24), targets=names, seed=s, scope="local") for s in (1, 2)]
+    assert all(m.indices[n].numel() for m in masks for n in names)
+    before, batch = bits(model), pico.batch(model)
+    tuner = sc.attach(model, masks[0])
+    for mask in (masks[1], masks[0], None):
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.02)
+        model(**batch).loss.backward()
+        assert all(v.grad is not None and v.grad.numel() == tuner.mask.indices[n].numel() for n, v in tuner.values.items())
+        optimizer.step()
+        if mask is not None:
+            tuner.remask(mask)
+    union = {n: set(masks[0].indices[n].tolist()) | set(masks[1].indices[n].tolist()) for n in names}
+    adapter, final = tuner.adapter(), bits(model)
+    assert {n: set(adapter.deltas[n].indices_K.tolist()) for n in names} == union
+    tuner.detach()
+    assert same(bits(model), before)
+    with adapter.applied(model):
+        assert same(bits(model), final)
+
+
 def test_bad_settings(tmp_path: Path) -> None:
     for settings, rule in [
         ({"policy": "rescoer"}, "Did you mean 'rescore'"),
@@ -221,5 +245,12 @@ def test_bad_settings(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(sc.UserError, match="must cover the tuner's parameters"):
         run.tuner.remask(sc.find_mask(pico.llama(), metric="magnitude", targets=["q_proj"]))
+    mask = run.tuner.mask
+    with pytest.raises(sc.UserError, match="must have the shapes of the tuner's parameters"):
+        run.tuner.remask(sc.SparsityMask(mask.indices, {n: (s[0] * s[1],) for n, s in mask.shapes.items()}))
+    state = run.dynamic.state_dict()
+    other = {k.replace("layers.0", "layers.9"): v for k, v in state["tensors"].items()}
+    with pytest.raises(sc.UserError, match="the saved dynamic mask is of other targets: .*layers.0"):
+        run.dynamic.load_state_dict({**state, "tensors": other})
     with pytest.raises(sc.UserError, match="final_budget must be"):
         run.dynamic.prune(0)

@@ -249,6 +249,9 @@ def test_different_bases_are_refused() -> None:
     with pytest.raises(UserError, match="a.weight has different shapes"):
         merge([a, b])
     a, b = adapter(1), adapter(2)
+    a.fingerprint["b.weight"], b.fingerprint["b.weight"] = {"shape": [31]}, {"shape": [1, 31]}
+    with pytest.raises(UserError, match=r"^adapter 1 and adapter 2 have different bases: b.weight has shapes \(31,\) and \(1, 31\)$"):
+        merge([a, b])
     a.fingerprint["b.weight"] = {"shape": [31], "sample": "aa"}
     b.fingerprint["b.weight"] = {"shape": [31], "sample": "bb"}
     with pytest.raises(UserError, match="different bases: b.weight"):

@@ -72,6 +72,34 @@ def test_a_damaged_source_leaves_nothing_behind_and_is_named(tmp_path: Path) -> 
         merge_folders([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
 
 
+def test_a_tensor_is_sparse_or_dense_and_bases_may_go_unchecked(tmp_path: Path) -> None:
+    make(tmp_path / "a", 1)
+    other = make(tmp_path / "b", 2)
+    other.fingerprint["layers.0.weight"]["sample"] = "other"
+    other.save(tmp_path / "b")
+    with pytest.raises(UserError, match="trained on different bases: layers.0.weight"):
+        merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert len(merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "out", check_base=False)) == 3
+    SparseAdapter({}, {"layers.1.weight": torch.ones(4, 50)}).save(tmp_path / "dense")
+    with pytest.raises(UserError, match="layers.1.weight is sparse in one adapter and dense in another"):
+        merge_folders([tmp_path / "a", tmp_path / "dense"], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    merge_folders([tmp_path / "a", tmp_path / "dense"], tmp_path / "sparse", keep_dense=False)
+    assert SparseAdapter.load(tmp_path / "sparse").dense == {}
+
+
+def test_heads_alone_merge_with_figures_of_zero(tmp_path: Path) -> None:
+    heads = [SparseAdapter({}, {f"score{n}.weight": torch.ones(2, 2)}, AdapterConfig()) for n in range(2)]
+    for number, head in enumerate(heads):
+        head.save(tmp_path / str(number))
+    assert merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "out") == []
+    for merged in (merge(heads, names=["0", "1"]), SparseAdapter.load(tmp_path / "out")):
+        record = merged.config.extra["merge"]
+        assert record["sources"] == [{"name": "0", "nnz": 0}, {"name": "1", "nnz": 0}]
+        assert record["figures"]["norms"] == [0.0, 0.0] and record["figures"]["merged_norm"] == record["figures"]["union"] == 0
+        assert merged.nnz == 0 and merged.dense.keys() == {"score0.weight", "score1.weight"}
+
+
 PEAK = """
 import resource, sys, tracemalloc
 from speft_core.merge_files import merge_folders
@@ -82,6 +110,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
     peaks = {}
     for tensors in (8, 64):

@@ -14,7 +14,7 @@ import pico
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.bank import AdapterBank
 from speft_core.merge import merge
-from speft_core.multihead import MultiHeadModel
+from speft_core.multihead import MultiHeadModel, last_tokens
 
 LLAMA_LAYER, BERT_LAYER = "model.layers.1.mlp.down_proj.weight", "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -194,6 +194,28 @@ def test_damaged_heads_are_refused(tmp_path: Path, text: str) -> None:
 def test_heads_that_do_not_fit(heads: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         MultiHeadModel(classifier(), None, heads)
+
+
+def test_a_head_of_another_size_must_be_whole() -> None:
+    model = pico.bert()
+    with pytest.raises(UserError, match=r"another number of labels and must bring all of classifier\.bias, classifier\.weight"):
+        MultiHeadModel(model, None, {"a": {"classifier.weight": torch.ones(5, 16)}})
+    with MultiHeadModel(model, None, {"a": {"classifier.weight": torch.ones(3, 16)}}) as heads, torch.no_grad():
+        assert heads(**inputs(model))["a"].logits.shape == (2, 3)
+    with pytest.raises(UserError, match=r"kind of 'a' must be one of .*, got 'ranking'"):
+        MultiHeadModel(model, None, {"a": {}}, {"a": "ranking"})
+    with pytest.raises(UserError, match="this model has none that is known"):
+        MultiHeadModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), None, {"a": {}})
+
+
+def test_the_last_token_is_found_by_padding_else_by_mask_else_by_length() -> None:
+    hidden = torch.zeros(3, 4, 2)
+    ids = torch.tensor([[5, 6, 7, 0], [0, 0, 5, 6], [5, 0, 0, 0]])
+    assert last_tokens(hidden, {"input_ids": ids}, 0).tolist() == [2, 3, 0]
+    assert last_tokens(hidden, {"input_ids": ids, "attention_mask": ids == 5}, 0).tolist() == [2, 3, 0]
+    assert last_tokens(hidden, {"input_ids": ids, "attention_mask": ids != 0}, None).tolist() == [2, 3, 0]
+    assert last_tokens(hidden, {"attention_mask": (ids != 0).long()}, 0).tolist() == [2, 3, 0]
+    assert last_tokens(hidden, {"input_ids": ids}, None).tolist() == [3, 3, 3]
 
 
 def test_a_closed_model_and_labels_say_so() -> None:

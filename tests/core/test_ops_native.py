@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,35 +54,76 @@ def test_products_of_factors_are_rounded_where_they_were() -> None:
     assert torch.equal(from_factors, PLANS["native"].entries(Inputs([(x_TI, torch.bfloat16)]), grad_TO, layout))
 
 
-def run(program: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
-
-
-WHY = "from speft_core.ops import native; print(native.reason())"
-
-
-def test_it_can_be_turned_off_and_does_without_a_compiler(tmp_path: Path) -> None:
-    assert run(WHY, SPEFT_NATIVE="0") == "SPEFT_NATIVE=0"
-    assert run(WHY, PATH="", CC="", SPEFT_NATIVE="1") == "no C compiler"
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    assert run(WHY, CC=str(broken), SPEFT_NATIVE="1") == f"{broken} cannot build it (CalledProcessError)"
+RULES: dict[str, Callable[[list[Any]], None]] = {
+    "int64 indices": lambda c: c.__setitem__(1, c[1].long()),
+    "base in another dtype": lambda c: c.__setitem__(2, c[2].bfloat16()),
+    "a weight in fp64": lambda c: (c.__setitem__(0, c[0].double()), c.__setitem__(2, c[2].double())),
+    "a weight with gaps": lambda c: c.__setitem__(0, torch.zeros(4, 16)[:, ::2]),
+    "values in fp16": lambda c: c.__setitem__(3, c[3].half()),
+    "too few indices": lambda c: c.__setitem__(1, c[1][:1]),
+    "too few base entries": lambda c: c.__setitem__(2, c[2][:1]),
+    "too few values": lambda c: c.__setitem__(3, c[3][:1]),
+    "indices with gaps": lambda c: c.__setitem__(1, torch.arange(6, dtype=torch.int32)[::2]),
+    "base with gaps": lambda c: c.__setitem__(2, torch.zeros(6)[::2]),
+    "values with gaps": lambda c: c.__setitem__(3, torch.zeros(6)[::2]),
+    "indices elsewhere": lambda c: c.__setitem__(1, c[1].to("meta")),
+    "base elsewhere": lambda c: c.__setitem__(2, c[2].to("meta")),
+    "values elsewhere": lambda c: c.__setitem__(3, c[3].to("meta")),
+    "a weight elsewhere": lambda c: c.__setitem__(0, c[0].to("meta")),
+}
 
 
 @needs_compiler
-def test_it_is_built_once_and_without_a_writable_cache(tmp_path: Path) -> None:
-    assert run(WHY, SPEFT_CACHE=str(tmp_path / "cache")) == ""
-    (library,) = (tmp_path / "cache").iterdir()
-    stamp = library.stat().st_mtime_ns
-    assert run(WHY, SPEFT_CACHE=str(tmp_path / "cache")) == ""
-    assert library.stat().st_mtime_ns == stamp
-    (tmp_path / "file").write_text("")
-    assert run(WHY, SPEFT_CACHE=str(tmp_path / "file" / "below"), TMPDIR=str(tmp_path)) == ""
+@pytest.mark.parametrize("rule", RULES)
+def test_the_compiled_writes_take_nothing_else(rule: str) -> None:
+    change: list[Any] = [torch.zeros(4, 8), torch.arange(3, dtype=torch.int32), torch.zeros(3), torch.zeros(3)]
+    assert native.writes((*change,)) and native.writes((*change[:3], None))
+    assert native.writes((change[0].bfloat16(), change[1], change[2].bfloat16(), change[3]))
+    RULES[rule](change)
+    assert not native.writes((*change,))
+
+
+@needs_compiler
+def test_weights_fit_by_device_dtype_and_size() -> None:
+    one = torch.zeros(1)
+    assert native.fits(one) and native.fits(one.bfloat16())
+    assert native.fits(one.expand(2**31 - 1)) and not native.fits(one.expand(2**31))
+    assert not native.fits(one.double()) and not native.fits(one.half()) and not native.fits(one.to("meta"))
+
+
+def test_the_scratch_buffer_of_a_thread_grows_and_is_its_own() -> None:
+    small = native._scratch(10)
+    assert small.numel() >= 10 and native._scratch(small.numel()) is small and native._scratch(1) is small
+    large = native._scratch(small.numel() + 1)
+    assert large.numel() == small.numel() + 1 and large is not small and native._scratch(10) is large
+    others: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: others.append(native._scratch(10)))
+    thread.start()
+    thread.join()
+    assert others[0] is not large and others[0].numel() == 10 and others[0].dtype == torch.uint8
+    assert native._scratch(10) is large
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["take", "put", "add"])
+def test_indices_outside_are_counted_and_left_out(what: str) -> None:
+    weight, base_K, values_K = torch.zeros(2, 3), torch.full((4,), 2.0), torch.ones(4)
+    changes = native.Changes([(weight, torch.tensor([-1, 0, 5, 6], dtype=torch.int32), base_K, values_K)])
+    with pytest.raises(IndexError, match="2 indices lie outside their weights"):
+        changes.run(what)
+    written = {"take": 0.0, "put": 2.0, "add": 3.0}[what]
+    assert weight.flatten().tolist() == [written, 0, 0, 0, 0, written]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("which", ["input", "gradient"])
+def test_numbers_it_does_not_read_go_to_the_sampled_plan(monkeypatch: pytest.MonkeyPatch, which: str, dtype: torch.dtype) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(native, "sampled_entries", lambda *_: asked.append(1))
+    x_TI, grad_TO = (torch.randn(5, 4).to(dtype if name == which else torch.float32) for name in ("input", "gradient"))
+    native.native_entries(Inputs([(x_TI, torch.float32)]), grad_TO, Layout.of(torch.tensor([1, 6]), (4, 4)))
+    assert asked == [1]
 
 
 def test_without_it_the_other_plans_serve(monkeypatch: pytest.MonkeyPatch) -> None:

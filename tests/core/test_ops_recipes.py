@@ -52,6 +52,13 @@ OTHER: dict[str, Callable[[], torch.Tensor]] = {
     "frozen_times_leaf": lambda: torch.randn(8) * leaf(),
     "changed_in_place": lambda: torch.tanh(leaf()).clone().mul_(3.0).add_(1.0),
     "second_output": lambda: torch.tanh(leaf()).chunk(2, dim=1)[1],
+    "second_output_copied": lambda: torch.tanh(leaf()).chunk(2, dim=1)[1].clone(),
+    "second_output_transposed": lambda: torch.tanh(leaf()).chunk(2, dim=1)[1].transpose(0, 1).reshape(-1, 8),
+    "second_output_copied_and_transposed": lambda: torch.tanh(leaf()).chunk(2, dim=1)[1].clone().transpose(0, 1).reshape(-1, 8),
+    "frozen_is_wider": lambda: torch.randn(3, 1, 8) * (leaf(5, 8) * leaf(5, 8)),
+    "product_of_a_frozen": lambda: torch.randn(8) * (torch.randn(8) * leaf()),
+    "rounded_between": lambda: torch.randn(8) * (leaf() * leaf()).half().float(),
+    "widened_between": lambda: torch.randn(8) * (leaf() * leaf()).double().float(),
     "transposed_twice": lambda: torch.tanh(leaf()).transpose(0, 1).transpose(0, 1).reshape(10, 8),
 }
 
@@ -197,7 +204,45 @@ def test_a_librarys_hooks_and_sharded_weights_forbid_recipes() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert not hooks_forbid()
     assert not hooks_forbid()
-    weight = nn.Parameter(torch.zeros(2))
-    assert not sharded(weight)
-    weight.ds_id = 3  # type: ignore[attr-defined]
-    assert sharded(weight)
+    for sign in ("ds_id", "_fsdp_flattened"):
+        weight = nn.Parameter(torch.zeros(2))
+        assert not sharded(weight)
+        setattr(weight, sign, True)
+        assert sharded(weight)
+    assert sharded(torch.zeros(2))
+
+
+class _OfALibrary:
+    """What a library might put between autograd and its tensors: an object that is called."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("library", ["torch", "deepspeed", "accelerate.hooks", "transformers", "fairscale.nn", "ours", "torchish"])
+@pytest.mark.parametrize("made", ["function", "object"])
+def test_hooks_are_told_by_the_library_they_come_from(monkeypatch: pytest.MonkeyPatch, library: str, made: str) -> None:
+    if made == "function":
+        hook: Callable[[torch.Tensor], torch.Tensor] = lambda t: t  # noqa: E731
+        hook.__module__ = library
+    else:
+        monkeypatch.setattr(_OfALibrary, "__module__", library)
+        hook = _OfALibrary()
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+        assert hooks_forbid() == (library.split(".")[0] not in ("ours", "torchish"))
+
+
+@pytest.mark.parametrize("change", ["gone", "other arguments"])
+def test_where_hooks_cannot_be_seen_none_is_trusted(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    if change == "gone":
+        monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    else:
+        monkeypatch.setattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda: None)
+    assert hooks_forbid()
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_what_was_moved_to_another_device_has_no_recipe(place: str) -> None:
+    here, weight = (leaf() * leaf()).to("meta"), torch.randn(8, device="meta")
+    assert recipe_of(weight * here if place == "second" else here * weight) is None
+    assert recipe_of(torch.zeros((), requires_grad=True) * torch.zeros((), requires_grad=True)) is None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pico
 import speft_core as sc
+from speft_core.adapter_files import MAX_BERNOULLI_NUMEL, draw
 from speft_core.random_mask import bernoulli_indices, random_indices, split_evenly
 
 # Drawn once with numpy 2.4; other versions and machines must agree, or saved adapters would mean other weights.
@@ -80,3 +82,19 @@ def test_shares_add_up_and_do_not_depend_on_order() -> None:
         assert sum(shares.values()) == k
         assert all(0 <= shares[n] <= numels[n] for n in numels)
         assert split_evenly(k, dict(reversed(numels.items()))) == shares
+
+
+@pytest.mark.parametrize(
+    ("origin", "numel", "count", "rule"),
+    [
+        ({"mode": "fair"}, 100, 5, "random.mode must be exact or bernoulli, got 'fair'"),
+        ({"mode": "bernoulli", "density": 0.5}, MAX_BERNOULLI_NUMEL + 1, 5, "w: a Bernoulli mask covers at most"),
+        ({"mode": "bernoulli", "density": 0.5}, 10_000, 4000, "w: 4,000 values are no Bernoulli draw of density 0.5"),
+        ({"mode": "bernoulli", "density": 0.0}, 10_000, 0, "no Bernoulli draw"),
+        ({"mode": "bernoulli", "density": 1.5}, 10_000, 15_000, "no Bernoulli draw"),
+    ],
+)
+def test_no_file_can_claim_a_draw_that_is_none(origin: dict[str, Any], numel: int, count: int, rule: str) -> None:
+    with pytest.raises(sc.UserError, match=rule):
+        draw({"seed": 3, **origin}, "w", numel, count)
+    assert draw({"seed": 3}, "w", 100, 5).numel() == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -142,3 +143,83 @@ def test_bounds_that_cannot_hold() -> None:
         select(scores, 5, "local", floors={"a": 1})
     with pytest.raises(UserError, match="scope must be one of global, local"):
         select(scores, 5, "layer")
+
+
+@given(FLOATS, FLOATS)
+def test_keys_and_buckets_sort_as_the_scores_do(x: float, y: float) -> None:
+    keys = [int(k) for k in module._keys(torch.tensor([x, y]))]
+    assert (keys[0] < keys[1], keys[0] == keys[1]) == (x < y, x == y)
+    assert module._value(keys[0]) == x
+    bucket, low = module.BUCKETS // 2 - 1 - (keys[0] >> 16), module.BUCKETS - 1 - (keys[0] & 0xFFFF)
+    assert module._edge(bucket) <= x < module._edge(bucket - 1)
+    assert module._key(bucket, low) == keys[0]
+    assert module._in_bucket(torch.tensor([x]), bucket).tolist() == [x]
+    assert (y in module._in_bucket(torch.tensor([y]), bucket)) == (keys[1] >> 16 == keys[0] >> 16)
+    assert np.flatnonzero(module._high(torch.tensor([x]))).tolist() == [bucket]
+    assert np.flatnonzero(module._low(torch.tensor([x]))).tolist() == [low]
+
+
+def test_past_the_last_buckets_lies_infinity() -> None:
+    edges = [module._edge(b) for b in range(-1, module.BUCKETS)]
+    assert edges[0] == math.inf and edges[-1] == -math.inf
+    assert all(a >= b for a, b in zip(edges[:-1], edges[1:], strict=True))
+    assert sum(math.isfinite(e) for e in edges) == 2 * 0x7F80 - 1 + 1  # upper halves of finite numbers, both zeros as one key
+
+
+@given(st.integers(0, 3), st.sets(st.sampled_from("abc")), st.sets(st.sampled_from("abc")))
+def test_bounds_of_some_tensors_leave_the_others_free(seed: int, floored: set[str], capped: set[str]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = {n: torch.rand(9, generator=generator) + i for i, n in enumerate("abc")}  # c above b above a
+    floors, caps = dict.fromkeys(sorted(floored), 4), dict.fromkeys(sorted(capped), 2)  # a floor wins over a cap
+    most = sum(max(caps.get(n, 9), floors.get(n, 0)) for n in scores)
+    k = min(12, most)
+    found = select(scores, k, floors=floors, caps=caps)
+    left, expected = k - sum(floors.values()), {}
+    for name in "cba":
+        low, high = floors.get(name, 0), max(caps.get(name, 9), floors.get(name, 0))
+        expected[name] = low + min(left, high - low)
+        left -= expected[name] - low
+    assert {n: i.numel() for n, i in found.items()} == expected
+    assert {n: i.tolist() for n, i in found.items()} == {n: sorted_choice({n: t}, expected[n])[n] for n, t in scores.items()}
+
+
+def test_every_way_to_ask_for_too_much_is_told_with_its_figures() -> None:
+    scores = {"a": torch.zeros(1500), "b": LazyScores(500, lambda start, stop: torch.zeros(stop - start))}
+    with pytest.raises(UserError, match=r"^k must lie between 0 and the 2,000 scores, got 2,001$"):
+        select_topk(scores, 2001)
+    with pytest.raises(UserError, match=r"^k must lie between 0 and the 2,000 scores, got 0$"):
+        select_topk(scores.items, 0)  # of a stream nothing can be known without a pass
+    bounds = "min_per_layer and max_per_layer allow between"
+    with pytest.raises(UserError, match=rf"^{bounds} 1,200 and 2,000 entries in all, the budget is k = 1,199$"):
+        select(scores, 1199, floors={"a": 700, "b": 900})  # a floor above the tensor is all of it
+    with pytest.raises(UserError, match=rf"^{bounds} 0 and 1,300 entries in all, the budget is k = 1,301$"):
+        select(scores, 1301, caps={"a": 800})
+    assert sum(i.numel() for i in select(scores, 1300, caps={"a": 800}).values()) == 1300
+    for more in ({"floors": {"a": 1}}, {"caps": {"a": 1}}):
+        with pytest.raises(UserError, match="^min_per_layer and max_per_layer need scope global: local gives every tensor"):
+            select(scores, 5, "local", **more)  # type: ignore[arg-type]
+    none = select_topk(scores, 0)
+    assert {n: (i.dtype, i.numel()) for n, i in none.items()} == {"a": (torch.int32, 0), "b": (torch.int32, 0)}
+
+
+def test_indices_are_as_wide_as_their_tensor() -> None:
+    large = LazyScores(2**31, lambda start, stop: torch.zeros(stop - start))
+    assert {n: i.dtype for n, i in select_topk({"large": large, "small": torch.zeros(2)}, 0).items()} == {
+        "large": torch.int64, "small": torch.int32,
+    }  # fmt: skip
+    found = select_topk({"a": torch.zeros(2), "b": torch.tensor([2.0, 3.0], dtype=torch.float64)}, 1)
+    assert {n: (i.dtype, i.tolist()) for n, i in found.items()} == {"a": (torch.int32, []), "b": (torch.int32, [1])}
+
+
+def test_what_cannot_be_among_the_largest_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 10)
+    counted: list[int] = []
+    high = module._high
+    monkeypatch.setattr(module, "_high", lambda scores_N: (counted.append(scores_N.numel()), high(scores_N))[1])
+    descending = torch.arange(100, 0, -1).float() ** 3  # every ten in buckets of their own
+    assert select_topk({"a": descending}, 10)["a"].tolist() == list(range(10))
+    assert sum(counted) < 25
+    mixed = descending.view(10, 10).T.reshape(-1)  # each chunk has a part of the largest
+    counted.clear()
+    assert select_topk({"a": mixed}, 10)["a"].tolist() == list(range(0, 100, 10))
+    assert 10 <= sum(counted) < 60

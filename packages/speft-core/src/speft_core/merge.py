@@ -181,9 +181,10 @@ def merged_config(
         values = [getattr(c, field) for c in configs]
         return values[0] if all(v == values[0] for v in values) else None
 
+    figures = totals(rows, len(sources))
     record = recipe.record() | {
-        "sources": [{"name": n, "nnz": row_total} for n, row_total in zip(names, totals(rows)["nnz"], strict=True)],
-        "figures": totals(rows),
+        "sources": [{"name": n, "nnz": nnz} for n, nnz in zip(names, figures["nnz"], strict=True)],
+        "figures": figures,
     }
     if apart:
         record["heads_left_apart"] = apart

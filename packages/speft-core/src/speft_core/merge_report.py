@@ -45,11 +45,8 @@ def measure(stack: Stack, merged: SparseDelta) -> Row:
     )
 
 
-def totals(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of a whole merge."""
-    if not rows:
-        return {"nnz": [], "union": 0, "merged": 0, "overlap": 0, "sign_conflicts": 0, "norms": [], "merged_norm": 0.0}
-    count = len(rows[0].nnz)
+def totals(rows: Sequence[Row], count: int) -> dict[str, Any]:
+    """The figures of a whole merge of `count` adapters; zeros for one of heads alone, which has no rows."""
     return {
         "nnz": [sum(r.nnz[a] for r in rows) for a in range(count)],
         "union": sum(r.union for r in rows),

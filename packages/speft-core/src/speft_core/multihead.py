@@ -114,7 +114,8 @@ class MultiHeadModel:
                 inner[task][name.removeprefix(prefix)] = tensor
             whole = {n for n, _ in self.model.get_submodule(path).named_parameters()}
             if head and set(inner[task]) != whole and any(inner[task][n].shape != own[prefix + n].shape for n in inner[task]):
-                raise UserError(f"head {task!r} has another number of labels and must bring all of {', '.join(sorted(whole))}")
+                listed = ", ".join(sorted(prefix + n for n in whole))
+                raise UserError(f"head {task!r} has another number of labels and must bring all of {listed}")
         return inner, foreign, path
 
     @staticmethod

@@ -23,7 +23,7 @@ def merge(sources: Sources, out: Out, how: Any = None, json: Json = False) -> No
     """Merge adapters of one base into one; a tensor at a time."""
     with progress_bar(json) as progress:
         rows = merge_adapters(sources, out, progress=progress, **how)
-    figures = totals(rows)
+    figures = totals(rows, len(sources))
     record = {"out": str(out), "method": how["method"], "figures": figures, "tensors": [asdict(r) for r in rows]}
 
     def text() -> None:

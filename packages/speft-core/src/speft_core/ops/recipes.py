@@ -93,12 +93,9 @@ def _product(node: Any, x: torch.Tensor) -> Recipe | None:
         return Recipe(x.shape, _both(node, x.dtype))
     place = 0 if operands[0] is not None else 1
     inner, dtype = operands[place], None
-    while type(inner).__name__ == "ToCopyBackward0":
+    if type(inner).__name__ == "ToCopyBackward0":  # one alone: of two, the first may have rounded more than the second
         (made,) = inner._input_metadata
-        if made.device != x.device:
-            return None
-        dtype = made.dtype if dtype is None else dtype
-        inner = _operands(inner)[0]
+        dtype, inner = made.dtype, _operands(inner)[0]
     if type(inner).__name__ != "MulBackward0" or None in _operands(inner) or dtype not in (None, x.dtype, torch.float32):
         return None
     frozen = _reader(node, "_saved_other" if place == 0 else "_saved_self")
