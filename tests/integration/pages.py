@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "packages").glob("*/README.md")])
@@ -25,6 +27,15 @@ class Command:
         return f"{self.page}: {' '.join(self.words)}"
 
 
+def tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def blocks(text: str, *languages: str) -> list[str]:
     """The code blocks of a page in these languages."""
     return [body for language, body in FENCE.findall(text) if language in languages]
@@ -32,7 +43,9 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 def inline(text: str) -> list[str]:
     """The code spans of a page's prose; the table of wrong commands in docs/errors.md is left out."""
-    prose = "\n".join(line for line in FENCE.sub("", text).splitlines() if not re.match(r"\| `speft-[^|]*\| .* \| \d \|$", line))
+    prose = "\n".join(
+        line for line in FENCE.sub("", text).splitlines() if not re.match(r"\| `speft-[^|]*\| .* \| \d \|$", line)
+    )
     return re.findall(r"`([^`\n]+)`", prose)
 
 

@@ -119,7 +119,7 @@ def parse_pip(words: tuple[str, ...]) -> None:
         if word.endswith(".txt"):
             assert list(ROOT.rglob(word))
         elif not word.startswith("-"):
-            assert re.sub(r"\[\w+]?$", "", word.strip("'")) in {p.name for p in (ROOT / "packages").iterdir()}, word
+            assert re.sub(r"\[\w+]?$", "", word.strip("'")) in {"build", *(p.name for p in (ROOT / "packages").iterdir())}, word
 
 
 PARSERS = {
@@ -166,7 +166,9 @@ def test_the_keys_of_the_page_exist(page: Path) -> None:
             key_is_known(f"{found[1]}={found[2] or 'null'}")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p.read_text(encoding="utf-8"), "yaml")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p.read_text(encoding="utf-8"), "yaml")], ids=lambda page: page.name
+)
 def test_the_yaml_of_the_page_is_a_configuration(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
         if "base:" in block:
