@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pico
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import pico
 import speft_core as sc
 from integration.pages import PAGES, ROOT, blocks
 
