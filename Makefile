@@ -38,7 +38,7 @@ test: $(VENV)/.dev
 # Triton, 200 MB, runs on a CPU in its interpreter; PyTorch for GPUs brings it along.
 test-real: $(VENV)/.dev
 	@$(PIP_INSTALL) triton
-	@$(RUN) python -m pytest -m real $(ARGS)
+	@$(RUN) python -m pytest -m real -o faulthandler_timeout=3600 $(ARGS)
 
 coverage: $(VENV)/.dev
 	@$(PIP_INSTALL) pytest-cov

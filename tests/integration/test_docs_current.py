@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from integration.pages import ROOT, tool
 
 
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", ["import_graph", "public_api"])
+@pytest.mark.parametrize("name", ["import_graph", "public_api", "reference", "tree"])
 def test_the_page_is_current(name: str) -> None:
     run = subprocess.run([sys.executable, f"tools/{name}.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -58,3 +49,11 @@ def test_a_changed_signature_is_noticed() -> None:
         """Something else."""
 
     assert api.entry("find_mask", other) != api.entry("find_mask", __import__("speft_core").find_mask)
+
+
+def test_each_file_says_what_it_is_in_one_phrase() -> None:
+    tree = tool("tree")
+    lines = [line for line in tree.text().splitlines() if line.startswith("  ")]
+    assert len(lines) > 200
+    assert [line for line in lines if not re.match(r"  \S+ {2,}\S.{3,}", line)] == []
+    assert max(len(re.split(r" {2,}", line.strip(), maxsplit=1)[1]) for line in lines) <= 170

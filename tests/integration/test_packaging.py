@@ -12,10 +12,17 @@ import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from integration.pages import ROOT, tool
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
+
 PACKAGES = {"speft-core": "speft_core", "speft-train": "speft_train", "speft-hub": "speft_hub"}
 
 
@@ -67,36 +74,7 @@ def fresh_environment(package: str, folder: Path) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-IMPORT_ALL = """
-import importlib, pkgutil, sys
-package = importlib.import_module(sys.argv[1])
-names = [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
-for name in names:
-    if name.endswith(".__main__"):
-        continue  # importing it would run the command
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (name, error.name) != ("speft_core.ops.triton_kernel", "triton"):  # comes with torch where there is a GPU
-            raise
-loaded = {name.partition(".")[0] for name in sys.modules}
-print(len(names), *sorted(loaded))
-"""
-
-ATTACH = """
-import sys, torch, speft_core as sc
-model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
-before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-x, y = torch.randn(8, 6), torch.randn(8, 2)
-mask = sc.find_mask(model, [], metric="random", budget=sc.Budget(k=7), targets="all-linear", seed=0)
-tuner = sc.attach(model, mask)
-torch.nn.functional.mse_loss(model(x), y).backward()
-torch.optim.SGD(tuner.parameters(), lr=0.1).step()
-tuner.adapter().save(sys.argv[1])
-tuner.detach()
-assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-assert sc.SparseAdapter.load(sys.argv[1]).nnz == 7
-"""
+try_wheels = tool("try_wheels")
 
 
 def alone(package: str, folder: Path, code: str, *words: str) -> str:
@@ -109,7 +87,7 @@ def alone(package: str, folder: Path, code: str, *words: str) -> str:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_imports_with_only_what_is_declared(package: str, tmp_path: Path) -> None:
-    count, *loaded = alone(package, tmp_path, IMPORT_ALL, PACKAGES[package]).split()[-2000:]
+    count, *loaded = alone(package, tmp_path, try_wheels.IMPORT_ALL, PACKAGES[package]).split()[-2000:]
     assert int(count) >= len(list((source_of(package) / PACKAGES[package]).glob("*.py"))) - 1
     others = {"speft-core": {"speft_train", "speft_hub", "transformers", "deepspeed", "huggingface_hub"},
               "speft-train": {"speft_hub"}, "speft-hub": {"speft_train", "transformers", "deepspeed"}}  # fmt: skip
@@ -122,15 +100,59 @@ def test_the_fresh_environment_hides_the_rest(tmp_path: Path) -> None:
 
 
 def test_core_trains_and_saves_with_neither_transformers_nor_deepspeed(tmp_path: Path) -> None:
-    alone("speft-core", tmp_path, ATTACH, str(tmp_path / "adapter"))
+    alone("speft-core", tmp_path, try_wheels.ATTACH, str(tmp_path / "adapter"))
 
 
 def test_core_needs_three_distributions() -> None:
     assert set(required("speft-core")) == {"torch", "safetensors", "numpy"}
 
 
+def project(package: str) -> dict[str, Any]:
+    """The `[project]` table of a package."""
+    return dict(tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text(encoding="utf-8"))["project"])
+
+
 def test_the_three_versions_are_in_step() -> None:
-    assert len({metadata.version(package) for package in PACKAGES}) == 1
+    """One version, and train and hub ask for the core of that minor version."""
+    tables = [project(package) for package in PACKAGES]
+    (version,) = {table["version"] for table in tables}
+    major, minor, _ = version.split(".")
+    asked = {line for table in tables for line in table["dependencies"] if line.startswith("speft")}
+    assert asked == {f"speft-core>={version},<{major}.{int(minor) + 1}"}
+    assert [p for p in PACKAGES if (ROOT / "packages" / p / "LICENSE").read_bytes() != (ROOT / "LICENSE").read_bytes()] == []
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[({re.escape(version)}|Unreleased)]", changes, flags=re.M)
+
+
+# Distributions that are imported under another name.
+IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+# Declared though no file imports it: transformers reads GGUF files with it.
+NEEDED_BY_OTHERS = {"gguf"}
+# Imported though not declared: both only where they are there (Triton comes with torch, httpx* with huggingface_hub).
+COME_ALONG = {"triton", "httpx", "httpx2"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_declared_is_imported_and_the_reverse(package: str) -> None:
+    table = project(package)
+    extras = [line for lines in table.get("optional-dependencies", {}).values() for line in lines]
+    names = {re.split(r"[ ;<>=!\[]", line)[0].lower() for line in [*table["dependencies"], *extras]}
+    declared = {IMPORTED_AS.get(name, name).replace("-", "_") for name in names}
+    imported = {
+        name.split(".")[0]
+        for path in source_of(package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in imported_names(node)
+    }
+    others = imported - set(sys.stdlib_module_names) - {PACKAGES[package]} - COME_ALONG
+    assert others == declared - NEEDED_BY_OTHERS
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """The absolute names of modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -143,6 +165,10 @@ def test_the_wheel_holds_every_source_file(package: str, tmp_path: Path) -> None
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
+        texts = {name.rpartition("/")[2]: archive.read(name).decode() for name in packed if ".dist-info/" in name}
+    assert texts["LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "License-Expression: Apache-2.0" in texts["METADATA"] and "Requires-Python: >=3.10" in texts["METADATA"]
+    assert ("entry_points.txt" in texts) == (package != "speft-core")
     module = PACKAGES[package]
     wanted = {str(path.relative_to(copy / "src")) for path in (copy / "src" / module).rglob("*") if path.is_file()}
     assert {f"{module}/__init__.py", f"{module}/py.typed"} <= wanted <= packed
@@ -202,10 +228,7 @@ def files_that_import(name: str, folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                modules = [node.module or ""]
-            if any(module.split(".")[0] == name for module in modules):
+            if any(module.split(".")[0] == name for module in imported_names(node)):
                 found.append(str(path.relative_to(folder)))
                 break
     return found
@@ -217,13 +240,6 @@ def test_one_file_imports_deepspeed() -> None:
 
 def test_one_file_of_speft_hub_imports_huggingface_hub() -> None:
     assert len(files_that_import("huggingface_hub", source_of("speft-hub"))) == 1
-
-
-def test_no_file_is_too_long() -> None:
-    """Above 350 lines a file wants splitting by subject."""
-    files = [path for folder in ("packages", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 150
-    assert [str(path.relative_to(ROOT)) for path in files if len(path.read_text().splitlines()) > 350] == []
 
 
 def test_every_pin_is_exact() -> None:

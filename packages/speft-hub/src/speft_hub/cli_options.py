@@ -39,7 +39,7 @@ Weights = Annotated[Text, typer.Option(help="One number for each adapter, with c
 Density = Annotated[Number, typer.Option(help="Share of each adapter's own entries to keep, in (0, 1].")]
 Seed = Annotated[int, typer.Option(help="Of DARE's draws.")]
 Dtype = Annotated[Text, typer.Option(help="Of the merged values: float32, bfloat16 or float16.")]
-NoBase = Annotated[bool, typer.Option("--no-base-check", help="Merge although the bases seem to differ.")]
+NoBase = Annotated[bool, typer.Option("--no-base-check", help="Go on although the bases seem to differ.")]
 
 
 def card_fields(

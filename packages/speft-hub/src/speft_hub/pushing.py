@@ -19,7 +19,6 @@ from .pulling import check_folder, fetch_small
 from .registry import Content, Entry, NotFound, Registry, digest, same
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
-TEXT_LIMIT = 4 << 20
 
 
 @dataclass(frozen=True)

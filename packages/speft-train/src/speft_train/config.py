@@ -227,7 +227,7 @@ def batch_plan(cfg: RunConfig, world_size: int) -> tuple[int, int]:
 
 
 def key_table() -> list[tuple[str, str, str]]:
-    """(key, default, documentation) of every key, for the documentation page and for `--help`."""
+    """(key, default, documentation) of every key, for docs/reference.md."""
     rows: list[tuple[str, str, str]] = []
 
     def walk(cls: Any, prefix: str) -> None:
@@ -237,7 +237,8 @@ def key_table() -> list[tuple[str, str, str]]:
                 walk(type(value), f"{prefix}{f.name}.")
             else:
                 default = "required" if f.metadata.get("required") else json.dumps(value)
-                rows.append((prefix + f.name, default, f.metadata["doc"]))
+                choices = ", ".join(json.dumps(c).strip('"') for c in f.metadata.get("choices", ()))
+                rows.append((prefix + f.name, default, f.metadata["doc"] + (f" ({choices})" if choices else "")))
 
     walk(RunConfig, "")
     return rows

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 import speft_core as sc
 
@@ -191,11 +190,6 @@ class RunTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    @property
-    def saves(self) -> bool:
-        """Whether the run writes checkpoints of its own accord."""
-        return bool(self.args.save_strategy != SaveStrategy.NO)
 
 
 def _words(made_by: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +30,6 @@ class LengthReport:
     tokens: int
     learnt_tokens: int
     longest: int
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
     def sentence(self, name: str, max_length: int) -> str:
         """One line for the terminal and the report."""
