@@ -47,8 +47,9 @@ def wider_is_faster(dtype: torch.dtype) -> bool:
     """
     if slow_on_cpu(dtype):
         return True
-    name = str(getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", ""))
-    return dtype == torch.bfloat16 and "Intel" in name and not has_tiles()
+    if dtype != torch.bfloat16 or has_tiles() or not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch does not know the CPU
+        return False
+    return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
 def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
