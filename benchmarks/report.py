@@ -106,7 +106,7 @@ def described(results: dict[str, Any]) -> str:
     return f"{about['threads']} threads of {cpu}; {versions}; compiled plan: {about['compiled plan']}."
 
 
-def summary(results: dict[str, Any], dtype: str) -> str:
+def summary(results: dict[str, Any]) -> str:
     """For README: the methods at equal trainable parameters, side by side; what was not measured is left out."""
     wanted = {
         "step time / floor": ("step_time", "ratio", ""),
@@ -117,14 +117,15 @@ def summary(results: dict[str, Any], dtype: str) -> str:
     }
     columns = {}
     for title, (suite, key, unit) in wanted.items():
-        rows = {r["method"]: r[key] for r in results.get(suite, []) if r["dtype"] == dtype and key in r}
+        rows = {(r["dtype"], r["method"]): r[key] for r in results.get(suite, []) if key in r}
         scale = {" MB": 1e-6, " ms": 1e3, "": 1}[unit]
         if rows:
             digits = 0 if unit == " MB" or key == "changed" else 1 if unit else 2
-            columns[title] = {m: f"{v * scale:,.{digits}f}{unit}" for m, v in rows.items()}
-    methods = [m for m in ("speft", "speft random", "LoRA r2", "SHiRA r2", "full") if any(m in c for c in columns.values())]
-    lines = ["| " + " | ".join(["", *columns]) + " |", "|---|" + "---:|" * len(columns)]
-    lines += ["| " + " | ".join([m, *(c.get(m, "") for c in columns.values())]) + " |" for m in methods]
+            columns[title] = {place: f"{round(v * scale, digits) + 0.0:,.{digits}f}{unit}" for place, v in rows.items()}  # no -0
+    methods = ("speft", "speft random", "LoRA r2", "SHiRA r2", "full")
+    places = [(d, m) for d in ("fp32", "bf16") for m in methods if any((d, m) in c for c in columns.values())]
+    lines = ["| " + " | ".join(["", "", *columns]) + " |", "|---|---|" + "---:|" * len(columns)]
+    lines += ["| " + " | ".join([*place, *(c.get(place, "") for c in columns.values())]) + " |" for place in places]
     return "\n".join(lines) + f"\n\n{described(results)}\n"
 
 

@@ -74,7 +74,7 @@ def main(words: list[str] | None = None) -> None:
     if asked.docs:
         into_docs(text, asked.docs)
     if asked.readme:
-        into_docs(summary(results, options.dtypes[0]), asked.readme)
+        into_docs(summary(results), asked.readme)
 
 
 if __name__ == "__main__":
