@@ -1,6 +1,6 @@
 """Peak memory of each rank over a whole run at ZeRO stage 3, stage by stage, beside the size of the model.
 
-    python benchmarks/zero3_memory.py                            2 gloo ranks, a random model of 405 MB in fp32
+    python benchmarks/zero3_memory.py                            2 gloo ranks, a random model of 413 MB in fp32
     python benchmarks/zero3_memory.py --memory-limit 1GB         the pass' sums in one pass: half the targets' fp32 bytes a rank
     python benchmarks/zero3_memory.py --method lora
 

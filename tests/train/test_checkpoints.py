@@ -11,7 +11,7 @@ import torch
 
 import pico
 import speft_core as sc
-from speft_train import checkpoints
+from speft_train import checkpoints, shards
 
 
 def make(run: Path, *steps: int, complete: bool = True) -> None:
@@ -61,7 +61,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_frozen(tmp_path: Path) -
         p.data.normal_()
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
-    checkpoints.save_trainable(model, folder)
+    checkpoints.save_trainable(shards.collected(checkpoints.trainable(model), keeps=True), folder)
     assert (folder / "trainable.safetensors").stat().st_size < 40 * 4 + 4096
     again, other = attached()
     checkpoints.load_trainable(again, folder)
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path) -> None:
     model, _ = attached()
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
-    checkpoints.save_trainable(model, folder)
+    checkpoints.save_trainable(shards.collected(checkpoints.trainable(model), keeps=True), folder)
     other, tuner = attached(k=60)
     with pytest.raises(sc.UserError, match="does not fit this run: .* has shape"):
         checkpoints.load_trainable(other, folder)
@@ -99,7 +99,7 @@ def test_no_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     with pytest.raises(sc.UserError, match="no space for checkpoint checkpoint-1: it needs .* has 5 MiB free"):
-        checkpoints.save_trainable(model, folder)
+        checkpoints.save_trainable(shards.collected(checkpoints.trainable(model), keeps=True), folder)
     assert not list(folder.iterdir())
 
 

@@ -142,14 +142,14 @@ def test_each_method_gives_the_base_back_bit_for_bit_and_ships_what_was_trained(
         optimizer.zero_grad()
         attached.model(**batch).loss.backward()
         optimizer.step()
-    attached.save(tmp_path / "adapter")
+    attached.collect(True)(tmp_path / "adapter")
     attached.model.eval()
     trained = attached.model(input_ids=batch["input_ids"]).logits.detach()
     if method != "full":
         attached.detach()
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert not torch.allclose(model(input_ids=batch["input_ids"]).logits, trained, atol=1e-4)
-    with METHODS[method].applied(model, cfg, tmp_path / "adapter") as adapted:
+    with METHODS[method].applied(model, cfg, tmp_path / "adapter", 1) as adapted:
         again = adapted(input_ids=batch["input_ids"]).logits
         assert torch.allclose(again, trained, atol=2e-5)
         moved = any(
