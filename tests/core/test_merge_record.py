@@ -206,3 +206,16 @@ def test_tensors_come_in_the_order_they_are_met_and_dtypes_widen() -> None:
     merged = merge([a, b])
     assert list(merged.deltas) == ["y", "x", "z"]
     assert [d.values_K.dtype for d in merged.deltas.values()] == [torch.float64, torch.float32, torch.float32]
+
+
+def test_dense_tensors_go_along_where_all_that_have_one_agree_to_the_dtype() -> None:
+    def with_heads(**dense: torch.Tensor) -> SparseAdapter:
+        return SparseAdapter({"w": delta({1: 1.0})}, dense)
+
+    a = with_heads(same=torch.ones(2), other=torch.ones(2), kind=torch.ones(2), mine=torch.ones(1), size=torch.ones(2))
+    b = with_heads(same=torch.ones(2), other=torch.zeros(2), kind=torch.ones(2).half(), size=torch.ones(3))
+    for order in ([a, b], [b, a], [a, b, a]):
+        merged = merge(order)
+        assert merged.dense.keys() == {"same", "mine"} and torch.equal(merged.dense["same"], torch.ones(2))
+        assert merged.config.extra["merge"]["heads_left_apart"] == ["kind", "other", "size"]
+    assert "heads_left_apart" not in merge([a, a]).config.extra["merge"]

@@ -47,7 +47,7 @@ def mask_of(metric: str, scope: str, kind: str, limit: int | None = None) -> sc.
     return sc.find_mask(model, batches_of(model)[1:], metric, sc.Budget(k=120), scope=scope, memory_limit=limit, **KINDS[kind])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     limit=st.integers(1, 60_000),
     metric=st.sampled_from(["gradient", "snip", "fisher"]),
