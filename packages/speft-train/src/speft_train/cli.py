@@ -278,6 +278,7 @@ def _full_disk(error: Exception) -> str | None:
         "File too large",
         "PytorchStreamWriter failed writing",
         "inline_container",
+        "basic_ios",
     )
     if any(sign in text for sign in signs):
         return f"the disk is full or cannot be written: {text.splitlines()[0]}"
