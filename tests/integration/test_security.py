@@ -84,6 +84,16 @@ def test_a_configuration_is_plain_values(tmp_path: Path) -> None:
         assert os.environ["HOME"] not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["train.hub_token", "model.token", "data.token", "hub_token"])
+def test_a_token_in_a_configuration_is_refused_and_not_repeated(key: str) -> None:
+    from speft_core import UserError
+    from speft_train.config import load_config
+
+    with pytest.raises(UserError, match="token") as caught:
+        load_config(ROOT / "configs/quickstart.yaml", [f"{key}={SECRET}"])
+    assert SECRET not in str(caught.value)
+
+
 def test_a_token_in_the_environment_is_in_no_message(tmp_path: Path) -> None:
     """Refusals of every kind, with a token set: it is on neither stream and in no file."""
     folder = Path(sys.executable).parent

@@ -57,6 +57,14 @@ def parse(text: str) -> Reference:
     return Reference(_hub(), address, revision or None)
 
 
+def check_revision(name: str, what: str) -> None:
+    """UserError unless a new branch or tag can be written behind an address."""
+    if not REVISION.fullmatch(name):
+        raise UserError(
+            f"{what} must start with a letter, digit or _ and hold only those, '.', '/' and '-', as v1 or main; got {name!r}"
+        )
+
+
 def public_base(told: str | None) -> str | None:
     """The base model's name as others may see it: a path of this machine is cut to its last part."""
     if not told:

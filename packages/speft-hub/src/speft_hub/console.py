@@ -75,6 +75,9 @@ def run(app: Callable[..., Any], arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except UsageError as error:
+        if not error.format_message():  # no command at all: the help is the answer
+            print(error.ctx.get_help(), file=sys.stderr)
+            return int(error.exit_code)
         where = f"; {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
         print(f"error: {error.format_message().rstrip('.')}{where}", file=sys.stderr)
         return int(error.exit_code)

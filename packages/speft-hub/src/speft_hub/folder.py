@@ -224,6 +224,8 @@ class FolderRegistry:
     def search(self, owner: str | None) -> list[Listed]:
         """The repositories at or under the folder `owner`, two levels deep at most."""
         root = Path(owner or ".").resolve()
+        if not root.is_dir():
+            raise NotFound(f"there is no folder {root}")
         marks = [m for depth in ("", "*/", "*/*/") for m in root.glob(depth + MARK)]
         return [self._listed(str(mark.parent)) for mark in sorted(marks)]
 

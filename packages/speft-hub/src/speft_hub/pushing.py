@@ -12,7 +12,7 @@ from pathlib import Path
 from speft_core import SparseAdapter, UserError
 
 from . import names
-from .addresses import Reference, parse, public_base
+from .addresses import Reference, check_revision, parse, public_base
 from .card import CardFields, render
 from .card_merge import merge_cards
 from .pulling import check_folder, fetch_small
@@ -103,6 +103,9 @@ def push(
     registry, repo = reference.registry, reference.repo
     branch = branch or reference.revision or "main"
     fields = fields or CardFields()
+    for what, name in (("a branch", branch), ("a tag", tag)):
+        if name is not None:
+            check_revision(name, what)
     found, left_out = collect(folder)
     adapter = check_folder(folder)
     contents: dict[str, Content] = dict(found)

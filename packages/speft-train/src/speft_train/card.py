@@ -24,10 +24,13 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "adapter")     # this folder
 ```""",
     "transformers": """```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("adapter")     # this folder
+from transformers import AUTO_MODEL
+model = AUTO_MODEL.from_pretrained("adapter")     # this folder
 ```""",
 }
+
+
+AUTO_MODELS = {"sequence_classification": "AutoModelForSequenceClassification"}  # the other tasks: AutoModelForCausalLM
 
 
 def text(run: Run, found: dict[str, Any] | None = None) -> str:
@@ -48,7 +51,8 @@ def text(run: Run, found: dict[str, Any] | None = None) -> str:
             table = ["| | base | adapted |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
             parts += ["## Evaluation", "\n".join(table)]
         parts += ["## Training", "\n".join(f"- {what}: {value}" for what, value in results.fact_rows(found))]
-    parts += ["## Use", USE[FAMILIES.get(method, "speft")], "## Configuration", f"```yaml\n{to_yaml(cfg)}```"]
+    use = USE[FAMILIES.get(method, "speft")].replace("AUTO_MODEL", AUTO_MODELS.get(cfg.model.task, "AutoModelForCausalLM"))
+    parts += ["## Use", use, "## Configuration", f"```yaml\n{to_yaml(cfg)}```"]
     written = "\n\n".join(parts)
     # Tells speft-hub that no person has touched this text, so that publishing may replace it with a full card.
     mark = hashlib.sha256(written.strip().encode()).hexdigest()[:12]

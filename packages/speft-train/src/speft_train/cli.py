@@ -206,6 +206,10 @@ def execute(config: Path, overrides: list[str], dry_run: bool) -> None:
     refusals.check(cfg)
     folder = RunFolder(cfg.output_dir)
     folder.check(cfg)
+    if cfg.adapter.mask and not Path(cfg.adapter.mask).is_file() and not (folder.path / "mask.safetensors").is_file():
+        raise UserError(
+            f"adapter.mask must be a mask file; {cfg.adapter.mask} does not exist"
+        )  # told before hours of other stages
     if dry_run:
         from . import plan
 
@@ -268,7 +272,14 @@ def _os_error(error: OSError) -> str:
 def _full_disk(error: Exception) -> str | None:
     """torch and safetensors report a full disk as errors of their own."""
     text = str(error)
-    signs = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container", "Disk quota exceeded")
+    signs = (
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+        "PytorchStreamWriter failed writing",
+        "inline_container",
+        "basic_ios",
+    )
     if any(sign in text for sign in signs):
         return f"the disk is full or cannot be written: {text.splitlines()[0]}"
     return None

@@ -29,7 +29,9 @@ def read_layers(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise UserError(f"{path}: layers do not fit together: {_one_line(error)}") from None
     outside = re.search(r"\$\{\s*(oc\.\w+)", OmegaConf.to_yaml(merged))
     if outside:  # the configuration is published with the adapter
-        raise UserError(f"{path}: ${{{outside[1]}:...}} is refused, the environment stays out of a config; use ${{key}} or key=value")
+        raise UserError(
+            f"{path}: ${{{outside[1]}:...}} is refused, the environment stays out of a config; use ${{key}} or key=value"
+        )
     try:
         tree = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -61,6 +63,10 @@ def _read_yaml(path: Path) -> DictConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        inside = path / "config.yaml"
+        hint = f"; {inside} is the configuration of that run" if inside.is_file() else ", not a YAML file"
+        raise UserError(f"config file {path} is a folder{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from None
     try:
