@@ -90,3 +90,73 @@ def test_bf16_kernels_are_used_where_they_are_faster(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     assert matmul.wider_is_faster.__wrapped__(torch.bfloat16) is widened
     assert not matmul.wider_is_faster.__wrapped__(torch.float16)
+
+
+class _Mkldnn:
+    """What PyTorch says of its matrix kernels: yes, no, or nothing."""
+
+    def __init__(self, bf16: bool | Exception, fp16: bool | Exception) -> None:
+        self._answers = {"bf16": bf16, "fp16": fp16}
+
+    def _ask(self, kind: str) -> bool:
+        answer = self._answers[kind]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _is_mkldnn_bf16_supported(self) -> bool:
+        return self._ask("bf16")
+
+    def _is_mkldnn_fp16_supported(self) -> bool:
+        return self._ask("fp16")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16"), [(True, False), (False, True), (RuntimeError(), False), (False, AttributeError())], ids=repr
+)
+def test_a_dtype_is_slow_where_pytorch_has_no_kernel_for_it(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool | Exception, fp16: bool | Exception
+) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", _Mkldnn(bf16, fp16))
+    slow = matmul.slow_on_cpu.__wrapped__
+    assert slow(torch.bfloat16) is (bf16 is False)  # where PyTorch does not say, its own product is used
+    assert slow(torch.float16) is (fp16 is False)
+    assert not slow(torch.float32) and not slow(torch.float64)
+
+
+@pytest.mark.parametrize("elements", [1, 64, 1 << 22])
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7, 19), (1, 1, 1), (0, 4, 3), (3, 0, 4), (3, 4, 0)], ids=str)
+def test_grad_input_is_the_product_in_tiles_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], dtype: torch.dtype, slow: bool, elements: int
+) -> None:
+    tokens, outputs, inputs = shape
+    monkeypatch.setattr(matmul, "wider_is_faster", lambda _: slow)
+    monkeypatch.setattr(matmul, "TILE_ELEMENTS", elements)
+    for weight_dtype in (dtype, torch.float32):
+        grad_TO, weight_OI = torch.randn(tokens, outputs).to(dtype), torch.randn(outputs, inputs).to(weight_dtype)
+        found_TI = matmul.grad_input(grad_TO, weight_OI)
+        expected_TI = grad_TO.double() @ weight_OI.to(dtype).double()
+        assert found_TI.dtype == dtype and found_TI.shape == (tokens, inputs)
+        torch.testing.assert_close(found_TI.double(), expected_TI, rtol=2e-2, atol=5e-2)
+
+
+def test_no_more_than_a_tile_of_the_weight_and_of_the_tokens_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "wider_is_faster", lambda _: True)
+    monkeypatch.setattr(matmul, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(matmul, "TILE_TOKENS", 2)
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    scratch = matmul._scratch
+    monkeypatch.setattr(matmul, "_scratch", lambda name, shape: (asked.append((name, tuple(shape))), scratch(name, shape))[1])
+    matmul.grad_input(torch.randn(3, 10).bfloat16(), torch.randn(10, 20).bfloat16())
+    assert {shape for name, shape in asked if name == "weight"} == {(10, 6), (10, 2)}
+    assert {shape for name, shape in asked if name == "grad"} == {(2, 10), (1, 10)}
+
+
+def test_on_another_device_the_product_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "wider_is_faster", lambda _: pytest.fail("only a CPU can be slow"))
+    found = matmul.grad_input(
+        torch.empty(3, 4, dtype=torch.bfloat16, device="meta"), torch.empty(4, 5, dtype=torch.bfloat16, device="meta")
+    )
+    assert found.shape == (3, 5) and found.device.type == "meta"
