@@ -219,3 +219,10 @@ def test_dense_tensors_go_along_where_all_that_have_one_agree_to_the_dtype() -> 
         assert merged.dense.keys() == {"same", "mine"} and torch.equal(merged.dense["same"], torch.ones(2))
         assert merged.config.extra["merge"]["heads_left_apart"] == ["kind", "other", "size"]
     assert "heads_left_apart" not in merge([a, a]).config.extra["merge"]
+
+
+def test_draws_are_of_seed_0_unless_told() -> None:
+    given = one({i: float(i + 1) for i in range(8)})
+    drawn = {seed: merge([given], "dare", density=0.5, **({} if seed is None else {"seed": seed})) for seed in (None, 0, 1)}
+    indices = {seed: merged.deltas["w"].indices_K.tolist() for seed, merged in drawn.items()}
+    assert indices[None] == indices[0] != indices[1]
