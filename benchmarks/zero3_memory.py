@@ -58,6 +58,7 @@ def config_of(folder: Path, name: str, method: str, limit: str) -> Path:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = {"method": method, "memory_limit": limit, "targets": "all-linear", "budget": {"density": 0.005, "of": "targets"}}
+    adapter["lora"] = {"r": 4}  # half a percent of the model of no size is less than rank 1
     tree = {
         "output_dir": str(folder / f"run-{name}"),
         "model": {"name": str(folder / name), "dtype": "float32"},
