@@ -43,7 +43,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train.optim=adam_w"], "adam"),
     (["train.global_batch_size=64"], "must fill one global batch of 64; got 40 examples"),
     (["train.eval_strategy=steps"], "validation"),
-    (["adapter.mask=/nowhere.safetensors"], "no mask at /nowhere.safetensors"),
+    (["adapter.mask=/nowhere.safetensors"], "/nowhere.safetensors does not exist"),
     (["adapter.method=lora", "adapter.budget.k=3"], "LoRA of rank 1"),
     (["nonsense"], "section.key=value"),
 ]

@@ -202,7 +202,7 @@ def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert "does not exist" in message(tmp_path / "no.yaml")
-    assert "cannot be read" in message(tmp_path)
+    assert "is a folder, not a YAML file" in message(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     assert "cannot be read" in message(tmp_path / "latin.yaml")
 
