@@ -42,8 +42,8 @@ def has_tiles() -> bool:
 def wider_is_faster(dtype: torch.dtype) -> bool:
     """Whether an fp32 product beats this CPU's own for `dtype`: where there is no kernel for it, and in bf16 on Intel's without AMX.
 
-    Their AVX-512 bf16 instructions multiply no faster than fp32 ones; the kernels around them are 1.4 to 1.6 times slower
-    (measured on a Xeon of the Sapphire Rapids generation; `python benchmarks/products.py`).
+    Their AVX-512 bf16 instructions multiply no faster than fp32 ones; the kernels around them are 1.4 to 1.5 times slower
+    on most shapes (measured on a Xeon of the Sapphire Rapids generation; `python benchmarks/products.py`).
     """
     if slow_on_cpu(dtype):
         return True
