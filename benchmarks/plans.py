@@ -2,6 +2,7 @@
 
     python benchmarks/plans.py --tokens 1024 --rounds 5            prints the fitted Rates and what auto's choices cost
     python benchmarks/plans.py --dtype bf16 --json plans.json
+    python benchmarks/plans.py --device cuda --dtype bf16 --tokens 4096
 
 For each layer and mask (`spread`: anywhere; `gathered`: in a third of the rows and columns, as gradient masks are) all plans
 are timed in turn, and medians taken. `regret` is the time of auto's choice over that of the fastest plan. The fitted
@@ -28,7 +29,11 @@ from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import PLANS
 
-SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
+SHAPES = {
+    "cpu": ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048)),
+    "cuda": ((576, 576), (2048, 2048), (512, 3584), (3584, 3584), (18944, 3584), (3584, 18944)),
+}
+CALLS = {"cpu": 1, "cuda": 10}  # timed at once, as calls to a GPU overlap
 DENSITIES = (0.001, 0.0045, 0.02, 0.08)
 SHARE = 0.33  # of rows and of columns that a gathered mask touches
 
@@ -49,34 +54,24 @@ def mask_of(shape: tuple[int, int], density: float, gathered: bool, seed: int) -
 
 def seconds_of(plans: dict[str, Any], inputs: Inputs, grad_TO: torch.Tensor, layout: Layout, rounds: int) -> dict[str, float]:
     """Median seconds of each plan, timed in turn."""
+    calls = CALLS[grad_TO.device.type]
     times: dict[str, list[float]] = {name: [] for name in plans}
     for number in range(rounds + 1):
         for name, plan in plans.items():
             started = time.perf_counter()
-            plan.entries(inputs, grad_TO, layout)
+            for _ in range(calls):
+                plan.entries(inputs, grad_TO, layout)
             if grad_TO.is_cuda:
                 torch.cuda.synchronize()
             if number:  # the first round warms up
-                times[name].append(time.perf_counter() - started)
+                times[name].append((time.perf_counter() - started) / calls)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def terms(plan: str, layout: Layout) -> dict[str, float]:
-    """What a plan's cost is made of: constant's name -> how many of it a token, as in cost.estimates."""
-    rows, columns, outputs = layout.rows_R.numel(), layout.cols_C.numel(), layout.shape[0]
-    table = {
-        "compact": {"product": rows * columns, "gather": rows + columns},
-        "sampled": {"sampled": layout.nnz, "gather": 3 * (rows + columns)},
-        "dense": {"product": outputs * columns, "gather": columns},
-        "native": {"native": layout.nnz, "spread": rows + columns},
-    }
-    return {name: float(count) for name, count in table[plan].items()}
 
 
 def measure(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each layer and mask: the seconds of every plan that can run, and what auto chooses."""
     rows = []
-    for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(SHAPES[torch.device(device).type]):
         weight = torch.zeros(shape, dtype=dtype, device=device)
         x_TI, grad_TO = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(shape))
         for density in DENSITIES:
@@ -88,7 +83,7 @@ def measure(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> list[d
                 rows.append({
                     "shape": shape, "density": density, "mask": "gathered" if gathered else "spread", "seconds": seconds,
                     "auto": chosen, "regret": seconds[chosen] / min(seconds.values()),
-                    "terms": {name: terms(name, layout) for name in able},
+                    "terms": {name: parts for name, parts in cost.work(layout, weight).items() if name in able},
                 })  # fmt: skip
     return rows
 

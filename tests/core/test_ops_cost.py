@@ -17,7 +17,9 @@ ENTRIES = [1, 2, 12, 4 * 13 + 2, 4 * 13 + 3, 9 * 13 + 8, 9 * 13 + 12]
 LAYOUT = Layout.of(torch.tensor(ENTRIES, dtype=torch.int32), (11, 13))
 CHARGED = {
     "product": {"compact": 3 * 5, "dense": 11 * 5},
-    "gather": {"compact": 3 + 5, "sampled": 3 * (3 + 5), "dense": 5},
+    "gather": {"compact": 3 + 5, "dense": 5},
+    "turn": {"sampled": 3 + 5},
+    "start": {"sampled": 1},
     "sampled": {"sampled": 7},
     "native": {"native": 7},
     "spread": {"native": 3 + 5},
@@ -72,8 +74,18 @@ def test_the_constants_are_those_of_the_weights_kind(monkeypatch: pytest.MonkeyP
 def test_clustered_masks_get_products_and_scattered_ones_entries(monkeypatch: pytest.MonkeyPatch, rates: cost.Rates) -> None:
     monkeypatch.setattr(cost, "rates_for", lambda _: rates)
     monkeypatch.setattr(native, "fits", lambda _: False)
-    weight = torch.empty(576, 576, device="meta")
-    block = (torch.arange(40)[:, None] * 576 + torch.arange(40)).flatten()  # 0.5 % of the weight in 40 rows and 40 columns
-    scattered = torch.randperm(576 * 576)[: block.numel()].sort().values
-    assert cost.choose(Layout.of(block, (576, 576)), weight)[0] == "compact"
-    assert cost.choose(Layout.of(scattered, (576, 576)), weight)[0] == "sampled"
+    width = 4096 if rates is cost.CUDA else 576  # a GPU does a small dense product in no time
+    weight = torch.empty(width, width, device="meta")
+    block = (torch.arange(40)[:, None] * width + torch.arange(40)).flatten()  # 1,600 entries in 40 rows and 40 columns
+    scattered = torch.randint(width * width, (block.numel(),)).unique()
+    assert cost.choose(Layout.of(block, (width, width)), weight)[0] == "compact"
+    assert cost.choose(Layout.of(scattered, (width, width)), weight)[0] == "sampled"
+
+
+def test_a_gpu_takes_all_rows_or_columns_where_nearly_all_are_touched() -> None:
+    weight = torch.empty(100, 50, device="meta")
+    rows = Layout.of(torch.arange(85) * 50, (100, 50))  # 85 rows, one column
+    parts = cost.work(rows, weight)
+    assert parts["compact"] == {"product": 100 * 1, "gather": 1} and parts["dense"] == parts["compact"]
+    few = cost.work(Layout.of(torch.arange(70) * 50, (100, 50)), weight)
+    assert few["compact"] == {"product": 70, "gather": 71}

@@ -84,7 +84,8 @@ def test_whatever_columns_are_kept_the_layouts_own_are_found(mask: tuple[list[in
         for columns_U, key in ((None, None), (layout.cols_C, "own"), (union_U, ("union", count))):
             kept = [(f if columns_U is None else f[:, columns_U.long()], dtype) for f, dtype in factors[:count]]
             for _ in range(2):  # the places are remembered
-                found_TC = Inputs(kept, columns_U, key).gather(layout)
+                inputs = Inputs(kept, columns_U, key)
+                found_TC = inputs.gather(inputs.picks(layout))
                 assert found_TC.dtype == expected_TC.dtype and torch.equal(found_TC, expected_TC)
             places = Inputs(kept, columns_U, key).places(layout).tolist()
             assert [columns_U[p] if columns_U is not None else p for p in places] == layout.cols_C.tolist()
@@ -93,4 +94,6 @@ def test_whatever_columns_are_kept_the_layouts_own_are_found(mask: tuple[list[in
 def test_the_first_factor_is_rounded_too() -> None:
     x_TI = torch.randn(4, 3)
     layout = Layout.of(torch.tensor([0, 2]), (1, 3))
-    assert torch.equal(Inputs([(x_TI, torch.bfloat16)]).gather(layout), x_TI[:, [0, 2]].bfloat16())
+    inputs = Inputs([(x_TI, torch.bfloat16)])
+    assert torch.equal(inputs.gather(inputs.picks(layout)), x_TI[:, [0, 2]].bfloat16())
+    assert torch.equal(inputs.gather(None), x_TI.bfloat16())

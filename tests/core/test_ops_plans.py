@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speft_core.errors import UserError
+from speft_core.ops import blocks, cut
 from speft_core.ops.functions import SparseLinear
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
@@ -117,10 +118,26 @@ def test_tiles_of_one_row_and_of_all_rows_agree(monkeypatch: pytest.MonkeyPatch)
     for name in ("compact", "dense"):
         row, found = PLANS[name], []
         for elements in (1, 300, 1 << 20):
-            monkeypatch.setattr("speft_core.ops.plans.TILE_ELEMENTS", elements)
+            monkeypatch.setitem(blocks.TILE_ELEMENTS, "cpu", elements)
             found.append(row.entries(whole(x_TI), grad_TO, layout))
         torch.testing.assert_close(found[0], found[2])
         torch.testing.assert_close(found[1], found[2])
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("plan", ["compact", "dense"])
+@pytest.mark.parametrize("elements", [1, 200, 1 << 20])
+def test_even_sizes_as_on_a_gpu_change_no_entry(plan: str, shape: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cut.EVEN, "cpu", 4)
+    for table, value in ((blocks.TILE_ELEMENTS, elements), (blocks.TILE_ROWS, 4), (blocks.WHOLE_ABOVE, 0.5)):
+        monkeypatch.setitem(table, "cpu", value)
+    x, weight, grad_y, indices_K = case(shape, torch.float32)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    expected_K = weight_gradient_entries(x.double(), grad_y.double(), indices_K)
+    assert relative(PLANS[plan].entries(whole(x_TI), grad_TO, layout), expected_K) <= 1e-5
+    kept = Inputs([(x_TI[:, layout.cols_C.long()], torch.float32)], layout.cols_C, "own")
+    assert relative(PLANS[plan].entries(kept, grad_TO, layout), expected_K) <= 1e-5
 
 
 def test_an_unknown_plan_is_refused_by_name() -> None:

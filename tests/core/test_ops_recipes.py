@@ -14,7 +14,7 @@ import speft_core as sc
 from attached import some_mask
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
-from speft_core.ops.recipes import hooks_forbid, recipe_of, sharded
+from speft_core.ops.recipes import Recipe, hooks_forbid, recipe_of, sharded
 
 SHAPE = (2, 5, 8)
 
@@ -63,6 +63,13 @@ OTHER: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
+
+def gathered(recipe: Recipe, layout: Layout) -> torch.Tensor:
+    """The layout's columns of the input, from the factors."""
+    inputs = Inputs(recipe.factors())
+    return inputs.gather(inputs.picks(layout))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", list(MADE))
 def test_the_input_is_made_again_to_the_bit(name: str, dtype: torch.dtype) -> None:
@@ -72,8 +79,8 @@ def test_the_input_is_made_again_to_the_bit(name: str, dtype: torch.dtype) -> No
     everything = Layout.of(torch.arange(8, dtype=torch.int32), (1, 8))
     some = Layout.of(torch.tensor([1, 2, 6], dtype=torch.int32), (1, 8))
     x_TI = x.detach().reshape(-1, 8)
-    assert torch.equal(Inputs(recipe.factors()).gather(everything), x_TI)
-    assert torch.equal(Inputs(recipe.factors()).gather(some), x_TI[:, [1, 2, 6]])
+    assert torch.equal(gathered(recipe, everything), x_TI)
+    assert torch.equal(gathered(recipe, some), x_TI[:, [1, 2, 6]])
 
 
 @pytest.mark.parametrize("name", list(OTHER))
@@ -82,7 +89,7 @@ def test_any_other_input_has_no_recipe_or_a_true_one(name: str) -> None:
     recipe = recipe_of(x)
     if recipe is not None:
         everything = Layout.of(torch.arange(8, dtype=torch.int32), (1, 8))
-        assert torch.equal(Inputs(recipe.factors()).gather(everything), x.detach().reshape(-1, 8))
+        assert torch.equal(gathered(recipe, everything), x.detach().reshape(-1, 8))
     else:
         assert name != "attention"
 

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from speft_core.ops import triton_sddmm
+from speft_core.ops import triton_sddmm, triton_turn
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import PLANS
@@ -30,6 +30,21 @@ for dtype, bound in tolerance.items():
         assert found_K.dtype == torch.float32 and found_K.shape == expected_K.shape
         assert (found_K - expected_K).norm() <= bound * expected_K.norm() + 1e-12, (dtype, tokens, outputs, inputs, k)
 assert len(called) == 18
+
+for dtype in tolerance:  # an input made of factors, as RMSNorm's: rounded where the model rounds
+    tokens, inputs = 70, 45
+    hidden, scale, weight = torch.randn(tokens, inputs), torch.rand(tokens, 1), torch.randn(inputs).to(dtype)
+    factors = [(hidden, torch.float32), (scale.expand(tokens, inputs), dtype), (weight.expand(tokens, inputs), dtype)]
+    cols_C = torch.tensor([0, 3, 4, 17, 44])
+    for picks in (None, cols_C):
+        expected = weight * (hidden * scale).to(dtype)
+        expected = expected if picks is None else expected[:, picks]
+        found = triton_turn.turned(factors, picks)
+        assert found.shape[1] == 128 and not found[:, tokens:].any()
+        if dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds (see test_cuda.py)
+            assert (found[:, :tokens].float() - expected.T.float()).abs().le(expected.T.float().abs() / 64 + 1e-30).all()
+        else:
+            assert torch.equal(found[:, :tokens], expected.T), dtype
 print("same")
 """
 
@@ -45,7 +60,7 @@ def test_the_kernel_gives_the_oracles_entries() -> None:
 def test_without_cuda_and_interpreter_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from speft_core.ops import triton_sddmm
+    from speft_core.ops import triton_turn
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not triton_sddmm.usable(torch.zeros(2, 2))
+    assert not triton_turn.usable(torch.zeros(2, 2))

@@ -180,7 +180,7 @@ def _sparse_forward(module: nn.Linear, what: Trained) -> Forward:
     module.register_parameter("weight_values", values_K)
     empty = torch.empty(0, dtype=torch.int32)
     columns_C = torch.empty(module.in_features, dtype=torch.int32)
-    layout = Layout((module.out_features, module.in_features), empty, columns_C, empty, empty, empty)
+    layout = Layout((module.out_features, module.in_features), empty, columns_C, empty, empty, empty, empty)
     plan = Plan("none", lambda _inputs, _grad, _layout: torch.empty(count), "no data")
 
     def forward(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import Trainer, TrainingArguments
 
 import speft_core as sc
@@ -150,7 +149,7 @@ class RunTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         engine.save_optimizer(self.model_wrapped, output_dir)
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        if self.args.should_save and not _is_deepspeeds(self.lr_scheduler):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -177,7 +176,7 @@ class RunTrainer(Trainer):
             self.optimizer.load_state_dict(state)
         else:
             self.warm_start = f"{folder.name} was made by {_words(theirs)}, this run is {_words(ours)}"
-        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        if _is_deepspeeds(self.lr_scheduler):
             return  # DeepSpeed keeps the state of its own ones
         state = torch.load(folder / "scheduler.pt", weights_only=True)
         if self.warm_start is None or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
@@ -194,3 +193,8 @@ class RunTrainer(Trainer):
 
 def _words(made_by: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in made_by.items()) or "an unknown setup"
+
+
+def _is_deepspeeds(scheduler: Any) -> bool:
+    """Whether DeepSpeed made this scheduler. By name: accelerate has the class only where DeepSpeed is installed."""
+    return any(kind.__name__ == "DeepSpeedSchedulerWrapper" for kind in type(scheduler).__mro__)

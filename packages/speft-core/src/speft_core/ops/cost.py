@@ -11,27 +11,30 @@ from dataclasses import dataclass
 import torch
 
 from . import native
+from .blocks import WHOLE_ABOVE
 from .layout import Layout
 from .matmul import has_tiles, slow_on_cpu
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Picoseconds on two cores, per token: of one multiplication in a dense product and in each SDDMM, and of moving one number."""
+    """Picoseconds per token, on two cores or one GPU: of a multiplication in a dense product and in each SDDMM, of moving a number."""
 
     product: float
     native: float
     sampled: float
     gather: float
+    turn: float  #: gathering one number for `sampled`, where it lies beside that of the next token
     spread: float  #: moving one number into native.c's blocks
+    start: float = 0.0  #: what `sampled` takes longer to start, spread over a batch of 4,096 tokens
 
 
-# Measured by benchmarks/plans.py: fp32 with AVX2 (and as good with AVX-512), bf16 with AVX-512. The others are estimates.
-CPU_FP32 = Rates(product=14, native=40, sampled=65, gather=850, spread=1000)
-CPU_BF16 = Rates(product=17, native=34, sampled=63, gather=1500, spread=540)
-CPU_TILES_BF16 = Rates(product=4, native=34, sampled=63, gather=1500, spread=540)
-CPU_SLOW_BF16 = Rates(product=80, native=40, sampled=65, gather=500, spread=1000)
-CUDA = Rates(product=0.01, native=1, sampled=0.5, gather=0.2, spread=1)
+# Measured by benchmarks/plans.py: fp32 with AVX2 (and as good with AVX-512), bf16 with AVX-512, bf16 on an H200. The others are estimates.
+CPU_FP32 = Rates(product=14, native=40, sampled=65, gather=850, turn=2550, spread=1000)
+CPU_BF16 = Rates(product=17, native=34, sampled=63, gather=1500, turn=4500, spread=540)
+CPU_TILES_BF16 = Rates(product=4, native=34, sampled=63, gather=1500, turn=4500, spread=540)
+CPU_SLOW_BF16 = Rates(product=80, native=40, sampled=65, gather=500, turn=1500, spread=1000)
+CUDA = Rates(product=0.0029, native=1, sampled=0.27, gather=4, turn=2, spread=1, start=6000)
 
 
 def rates_for(weight: torch.Tensor) -> Rates:
@@ -48,15 +51,30 @@ def rates_for(weight: torch.Tensor) -> Rates:
 def estimates(layout: Layout, weight: torch.Tensor) -> dict[str, float]:
     """Plan -> picoseconds a token; only plans that can run."""
     rates = rates_for(weight)
-    rows, columns, outputs = layout.rows_R.numel(), layout.cols_C.numel(), layout.shape[0]
+    return {plan: sum(count * getattr(rates, name) for name, count in parts.items()) for plan, parts in work(layout, weight).items()}
+
+
+def work(layout: Layout, weight: torch.Tensor) -> dict[str, dict[str, int]]:
+    """Plan -> what it does for a token: name of a constant of Rates -> how often; only plans that can run."""
+    touched_rows, touched_columns = layout.rows_R.numel(), layout.cols_C.numel()
+    kind = "cpu" if weight.device.type == "cpu" else "cuda"
+    rows, moved_rows = _taken(touched_rows, layout.shape[0], kind)
+    columns, moved_columns = _taken(touched_columns, layout.shape[1], kind)
     found = {
-        "compact": rows * columns * rates.product + (rows + columns) * rates.gather,
-        "sampled": layout.nnz * rates.sampled + 3 * (rows + columns) * rates.gather,
-        "dense": outputs * columns * rates.product + columns * rates.gather,
+        "compact": {"product": rows * columns, "gather": moved_rows + moved_columns},
+        "sampled": {"sampled": layout.nnz, "turn": touched_rows + touched_columns, "start": 1},
+        "dense": {"product": layout.shape[0] * columns, "gather": moved_columns},
     }
     if native.fits(weight):
-        found["native"] = layout.nnz * rates.native + (rows + columns) * rates.spread
+        found["native"] = {"native": layout.nnz, "spread": touched_rows + touched_columns}
     return found
+
+
+def _taken(count: int, width: int, kind: str) -> tuple[int, int]:
+    """How many rows or columns a product takes for `count` touched ones, and how many of them are gathered (cut.py)."""
+    if kind == "cuda" and count >= WHOLE_ABOVE[kind] * width:
+        return width, 0
+    return count, count
 
 
 def choose(layout: Layout, weight: torch.Tensor) -> tuple[str, str]:

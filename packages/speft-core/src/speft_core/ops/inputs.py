@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import triton_turn
 from .layout import Layout
 
 
@@ -33,15 +34,19 @@ class Inputs:
             return torch.arange(layout.cols_C.numel(), device=layout.cols_C.device)
         return torch.searchsorted(self.columns_U, layout.cols_C)
 
-    def gather(self, layout: Layout) -> torch.Tensor:
-        """x[:, C], as the layer read it."""
+    def picks(self, layout: Layout) -> torch.Tensor | None:
+        """Which of the factors' columns are the layout's; None: all of them, in order."""
+        if self.columns_U is layout.cols_C or layout.cols_C.numel() == self.factors[0][0].shape[1]:
+            return None
+        places: torch.Tensor = layout.derived(("places", self.key), lambda: self.places(layout))
+        return places
+
+    def gather(self, picks_C: torch.Tensor | None) -> torch.Tensor:
+        """The input as the layer read it, [T, C]: those of the factors' columns, or all (None)."""
         (first, dtype), *others = self.factors
-        if self.columns_U is layout.cols_C or layout.cols_C.numel() == first.shape[1]:
-            x_TC, picks = first, None
-        else:
-            picks = layout.derived(("places", self.key), lambda: self.places(layout))
-            x_TC = first.index_select(1, picks)
-        x_TC = x_TC.to(dtype)
+        if others and first.device.type == "cuda" and all(triton_turn.usable(factor) for factor, _ in self.factors):
+            return triton_turn.turned(self.factors, picks_C).T[: first.shape[0]]
+        x_TC = (first if picks_C is None else first.index_select(1, picks_C)).to(dtype)
         for factor, dtype in others:
-            x_TC = (x_TC * (factor if picks is None else factor.index_select(1, picks))).to(dtype)
+            x_TC = (x_TC * (factor if picks_C is None else factor.index_select(1, picks_C))).to(dtype)
         return x_TC

@@ -25,6 +25,7 @@ class Layout:
     row_of_K: torch.Tensor  #: each entry's position in rows_R; never decreases, as entries are sorted row by row
     col_of_K: torch.Tensor  #: each entry's position in cols_C
     first_R: torch.Tensor  #: [R + 1] on the CPU, int64: entries of row r of rows_R are first_R[r]:first_R[r + 1]
+    host_R: torch.Tensor  #: rows_R on the CPU, so that tiles are made without waiting for a device
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -39,7 +40,7 @@ class Layout:
         first_R[1:] = torch.cumsum(counts_R.cpu(), 0)
         narrow = torch.int32 if shape[0] * shape[1] < 2**31 else torch.int64
         rows_R, cols_C, row_of_K, col_of_K = (t.to(narrow) for t in (rows_R, cols_C, row_of_K, col_of_K))
-        return cls(shape, rows_R, cols_C, row_of_K, col_of_K, first_R)
+        return cls(shape, rows_R, cols_C, row_of_K, col_of_K, first_R, rows_R.cpu())
 
     @property
     def nnz(self) -> int:
@@ -58,7 +59,7 @@ class Layout:
         return self._derived[key]
 
     def to(self, device: torch.device) -> Layout:
-        """The same layout on another device; `first_R` stays on the CPU."""
+        """The same layout on another device; `first_R` and `host_R` stay on the CPU."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_derived"}
         for name in _ON_DEVICE:
             moved[name] = moved[name].to(device)

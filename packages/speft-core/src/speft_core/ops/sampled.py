@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from . import triton_sddmm
+from . import triton_sddmm, triton_turn
 from .inputs import Inputs
 from .layout import Layout
 
@@ -17,11 +17,11 @@ from .layout import Layout
 def sampled_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Sampled dense-dense product (SDDMM) over touched rows and columns: T multiplications an entry, no dense product.
 
-    On CUDA a Triton kernel, where Triton is there; else PyTorch's own, in fp32.
+    On CUDA by Triton kernels, where Triton is there; else PyTorch's own, in fp32.
     """
-    x_TC = inputs.gather(layout)
-    if triton_sddmm.usable(grad_TO):
-        return triton_sddmm.entries(x_TC, grad_TO, layout)
+    if triton_turn.usable(grad_TO):
+        return triton_sddmm.entries(inputs, grad_TO, layout)
+    x_TC = inputs.gather(inputs.picks(layout))
     wide = torch.promote_types(grad_TO.dtype, torch.float32)
 
     def pattern() -> torch.Tensor:

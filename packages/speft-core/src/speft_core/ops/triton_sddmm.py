@@ -2,46 +2,47 @@
 
 cuSPARSE has no SDDMM for bf16; without Triton the sampled plan widens to fp32 and uses PyTorch's.
 
-Shape suffixes: O outputs, T tokens, R rows with an entry, C columns with an entry, K kept entries.
+Shape suffixes: O outputs, T tokens, P tokens rounded up to whole blocks, R rows with an entry, C columns with an entry, K kept
+entries, S stretches of tokens.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 import torch
 
+from .cut import Cut
+from .inputs import Inputs
 from .layout import Layout
+from .triton_turn import turned
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK_K, BLOCK_T = 32, 64
-
-
-@functools.cache
-def installed() -> bool:
-    """Whether Triton is there."""
-    return importlib.util.find_spec("triton") is not None
+BLOCK_K, BLOCK_T = 32, 64  # entries and tokens that a program takes at a time
+WHOLE_ABOVE = 0.3  # share of rows or columns from which on all are turned, which reads memory in order
+STRETCHES = (512, 1024, 2048)  # tokens of one program
+CACHED = 1 << 23  # elements of x that programs side by side may read: they then come from the cache (16 MB in bf16)
 
 
-def usable(grad_TO: torch.Tensor) -> bool:
-    """Whether the kernel can run on this gradient: on CUDA, or anywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
-    somewhere = grad_TO.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return somewhere and grad_TO.dtype in DTYPES and installed()
-
-
-def entries(x_TC: torch.Tensor, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The K entries, fp32. Launches one kernel after two transposing gathers; nothing waits for the device."""
+def entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The K entries, fp32. Both operands are turned so that tokens lie side by side; nothing waits for the device."""
     from .triton_kernel import sddmm_kernel
 
-    out_K = torch.empty(layout.nnz, dtype=torch.float32, device=grad_TO.device)
-    if layout.nnz == 0:
-        return out_K
-    tokens = grad_TO.shape[0]
-    grad_RT = grad_TO.T.index_select(0, layout.rows_R).contiguous()
-    x_CT = x_TC.T.contiguous()
-    blocks = (-(-layout.nnz // BLOCK_K),)
-    operands = (grad_RT, x_CT, layout.row_of_K, layout.col_of_K, out_K)
-    sddmm_kernel[blocks](*operands, layout.nnz, tokens, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T)
-    return out_K
+    if layout.nnz == 0 or grad_TO.shape[0] == 0:
+        return torch.zeros(layout.nnz, dtype=torch.float32, device=grad_TO.device)
+    width = inputs.factors[0][0].shape[1]
+    rows, columns, row_of_K, col_of_K = layout.derived(("turned", inputs.key, width), lambda: _cuts(inputs, layout, width))
+    grad_RP = turned([(grad_TO, grad_TO.dtype)], rows.picks_P)
+    x_CP = turned(inputs.factors, columns.picks_P)
+    padded = grad_RP.shape[1]
+    stretch = next((s for s in reversed(STRETCHES) if s * x_CP.shape[0] <= CACHED), STRETCHES[0])
+    stretches = -(-padded // stretch)
+    out_SK = torch.empty(stretches, layout.nnz, dtype=torch.float32, device=grad_TO.device)
+    operands = (grad_RP, x_CP, row_of_K, col_of_K, out_SK, layout.nnz, padded)
+    grid = (-(-layout.nnz // BLOCK_K), stretches)
+    sddmm_kernel[grid](*operands, STRETCH=stretch, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T)
+    return out_SK[0] if stretches == 1 else out_SK.sum(0)
+
+
+def _cuts(inputs: Inputs, layout: Layout, width: int) -> tuple[Cut, Cut, torch.Tensor, torch.Tensor]:
+    """Which rows and columns are turned, and each entry's place among them."""
+    rows = Cut.of(layout.rows_R, layout.shape[0], WHOLE_ABOVE)
+    columns = Cut.of(inputs.places(layout), width, WHOLE_ABOVE)
+    return rows, columns, rows.places_N[layout.row_of_K].contiguous(), columns.places_N[layout.col_of_K].contiguous()

@@ -211,9 +211,15 @@ def _own_folder(paths: Sequence[str]) -> Path | None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("lm_eval", "transformers", "torch", "speft-train")}
+    found = {}
+    for name in ("lm_eval", "transformers", "torch", "speft-train"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            continue
+    return found
 
 
 def _slug(name: str) -> str:
