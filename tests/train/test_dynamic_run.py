@@ -106,6 +106,11 @@ def test_it_changes_by_optimizer_steps_and_the_adapter_gives_the_final_weights(
     assert (run / "overlap.png").stat().st_size > 0
 
 
+def test_no_mask_is_chosen_that_no_step_would_train(execute: Execute) -> None:
+    found = execute(train={"max_steps": 6})
+    assert [c["step"] for c in found["dynamic"]["changes"]] == [3] and found["dynamic"]["optimizer_steps"] == 6
+
+
 ENDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, ("between", "inside")), ({"policy": "grow_and_drop", "keep_optimizer_state": True}, ("inside",))
 ]  # fmt: skip

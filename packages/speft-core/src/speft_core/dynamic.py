@@ -84,10 +84,13 @@ class DynamicMask:
         self.made = dict(self.tuner.mask.made)
         self.k = self.tuner.mask.nnz  #: what every mask may hold; a structure's last unit may not fit in
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Count one optimizer step; change the mask when it is time. Returns whether it changed."""
+    def after_step(self, optimizer: torch.optim.Optimizer, last: bool = False) -> bool:
+        """Count one optimizer step; change the mask when it is time. Returns whether it changed.
+
+        last: no step comes after this one, so a new mask would not be trained; it stays.
+        """
         self.steps += 1
-        if self.steps % self.interval or (self.stop_after is not None and self.steps > self.stop_after):
+        if self.steps % self.interval or (self.stop_after is not None and self.steps > self.stop_after) or last:
             return False
         self.change(optimizer)
         return True

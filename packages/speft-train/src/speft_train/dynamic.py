@@ -59,7 +59,7 @@ class ChangeMask(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Runs after the optimizer's step and before a checkpoint of it."""
-        if not self.dynamic.after_step(optimizer):
+        if not self.dynamic.after_step(optimizer, last=state.global_step >= state.max_steps):
             return
         change = self.dynamic.changes[-1]
         if self.is_main:
