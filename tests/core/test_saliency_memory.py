@@ -15,14 +15,18 @@ from hypothesis import strategies as st
 from speft_core.saliency import memory
 
 
-def groups_of(sizes: list[int], limit: int, host: int, device: str = "cuda:0") -> list[dict[str, str]]:
-    """plan_groups for fp32 tensors of `sizes` elements on a device that this machine need not have; `host` bytes are free."""
+def groups_of(
+    sizes: list[int], limit: int | None, host: int, device: str = "cuda:0", free: int | None = None
+) -> list[dict[str, str]]:
+    """plan_groups for fp32 tensors of `sizes` elements on a device that this machine need not have; `host` and `free` bytes are
+    free on the host and there."""
     parameters = {
         str(n): SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=torch.Size([s])) for n, s in enumerate(sizes)
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "base_parameters", lambda _: parameters)
         patch.setattr(memory, "free_host_memory", lambda: host)
+        patch.setattr(memory, "free_device_memory", lambda devices: free if {d.type for d in devices} == {"cuda"} else None)
         return memory.plan_groups(None, list(parameters), limit)  # type: ignore[arg-type]
 
 
@@ -63,6 +67,24 @@ def test_on_a_cpu_host_memory_is_no_second_place(sizes: list[int], limit: int) -
         for group in groups_of(sizes, limit, 10**9, device):
             assert set(group.values()) == {device}
             assert len(group) == 1 or cost(group, sizes, device) <= limit
+
+
+@given(SIZES, st.integers(2, 1600), st.integers(0, 1600))
+def test_without_a_limit_half_of_what_is_free_on_the_device_is_taken(sizes: list[int], free: int, host: int) -> None:
+    assert groups_of(sizes, None, host, free=free) == groups_of(sizes, free // 2, host)
+    assert groups_of(sizes, None, host, "cpu", free) == [{str(n): "cpu" for n in range(len(sizes))}]
+
+
+def test_free_device_memory_counts_what_pytorch_holds_in_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    free, reserved, allocated = {first: 100, second: 90}, {first: 50, second: 70}, {first: 20, second: 10}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", reserved.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated.__getitem__)
+    assert memory.free_device_memory([torch.device("cpu"), first]) == 130
+    assert memory.free_device_memory([first, second, first]) == 130
+    assert memory.free_device_memory([second]) == 150
+    assert memory.free_device_memory([torch.device("cpu"), torch.device("meta")]) is None
 
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    3000 kB\n"

@@ -98,7 +98,9 @@ class AdapterSection:
     calibration_examples: int = key(1024, "training examples that the saliency pass reads", minimum=1)
     calibration_batch_size: int = key(16, "examples a batch of the saliency pass", minimum=1)
     memory_limit: int | str | None = key(
-        None, "bytes of scores on the device, as 2GiB; the rest goes to host memory, then to several passes",
+        None,
+        "bytes of scores on the device, as 2GiB (default on a GPU: half of what is free); the rest goes to host memory, then to"
+        " several passes",
         pattern=r"\d+(\.\d+)? ?([kMGT]i?B|B)", words="a number of bytes, or one with a unit such as 512MiB or 2GB",
         minimum=1, added=True,
     )  # fmt: skip

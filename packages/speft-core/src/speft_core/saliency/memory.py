@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from ..partitioned import own_part, shards_of
@@ -25,12 +26,22 @@ def free_host_memory() -> int:
         return 0
 
 
+def free_device_memory(devices: Iterable[torch.device]) -> int | None:
+    """Bytes that could be had now on the fullest of the CUDA `devices`, PyTorch's own reserve included; None without any."""
+    found = []
+    for device in {d for d in devices if d.type == "cuda"}:
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        found.append(torch.cuda.mem_get_info(device)[0] + idle)
+    return min(found, default=None)
+
+
 def plan_groups(model: nn.Module, names: Sequence[str], memory_limit: int | None) -> list[dict[str, str]]:
     """Groups of targets, each for one pass over the calibration set: name -> device of its accumulator.
 
-    memory_limit: bytes that accumulators may take on the model's device (None: no limit). On an accelerator what is beyond
-    goes to host memory, half of what is free there; what is beyond that, and on a CPU whatever is beyond the limit, takes
-    further passes. A group holds at least one target, in model order. Of partitioned weights each rank has a shard's sum.
+    memory_limit: bytes that accumulators may take on the model's device (None: half of what is free on a CUDA device, so that
+    the batches fit beside them; no limit elsewhere). On an accelerator what is beyond goes to host memory, half of what is
+    free there; what is beyond that, and on a CPU whatever is beyond the limit, takes further passes. A group holds at least
+    one target, in model order. Of partitioned weights each rank has a shard's sum.
     """
     parameters = base_parameters(model)
 
@@ -39,6 +50,9 @@ def plan_groups(model: nn.Module, names: Sequence[str], memory_limit: int | None
         return entries * wide_dtype(parameter.dtype).itemsize
 
     sizes = {n: size(parameters[n]) for n in names}
+    if memory_limit is None:
+        free = free_device_memory(parameters[n].device for n in names)
+        memory_limit = None if free is None else free // 2
     if memory_limit is None:
         return [{n: str(parameters[n].device) for n in names}]
     host_limit = free_host_memory() // 2 if any(parameters[n].device.type not in ("cpu", "meta") for n in names) else 0
