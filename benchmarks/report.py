@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,15 @@ def write(results: dict[str, Any], folder: Path) -> str:
     (folder / "results.md").write_text(text, encoding="utf-8")
     plots(results, folder)
     return text
+
+
+def with_pictures(text: str, folder: Path, page: Path) -> str:
+    """The tables for a page, and links to the plots of `folder`, which are copied beside it into `pictures/`."""
+    drawn = [plot for plot in (folder / "step_time.png", folder / "growth.png") if plot.is_file()]
+    for plot in drawn:
+        (page.parent / "pictures").mkdir(exist_ok=True)
+        shutil.copyfile(plot, page.parent / "pictures" / plot.name)
+    return "\n\n".join([text.rstrip(), *(f"![{plot.stem}](pictures/{plot.name})" for plot in drawn)]) + "\n"
 
 
 def into_docs(text: str, page: Path) -> None:

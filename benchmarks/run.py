@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from models import BUNDLED
-from report import into_docs, machine, summary, write
+from report import into_docs, machine, summary, with_pictures, write
 from suites import SUITES, Options
 
 
@@ -29,7 +29,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", default="4x256", help="sequences x tokens of a batch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--docs", type=Path, help="a page that takes the tables between its result markers")
+    parser.add_argument("--docs", type=Path, help="a page that takes the tables between its result markers, with the plots beside it")
     parser.add_argument("--tables-only", action="store_true", help="measure nothing, write what earlier runs found")
     parser.add_argument("--readme", type=Path, help="a page that takes the short table between its result markers")
     found = parser.parse_args(words)
@@ -72,7 +72,7 @@ def main(words: list[str] | None = None) -> None:
     text = write(results, asked.output)
     print(text)
     if asked.docs:
-        into_docs(text, asked.docs)
+        into_docs(with_pictures(text, asked.output, asked.docs), asked.docs)
     if asked.readme:
         into_docs(summary(results), asked.readme)
 

@@ -47,6 +47,20 @@ def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
 
 
+def test_a_page_gets_the_tables_and_the_plots_beside_it(tmp_path: Path) -> None:
+    about = {"threads": 1, "machine": "x86_64", "versions": {"torch": "1"}, "compiled plan": "yes"}
+    growth = [{"axis": "tokens", "at": at, "method": name, "ratio": 1.1} for at in (256, 1024) for name in ("floor", "gradient")]
+    (tmp_path / "results.json").write_text(json.dumps({"machine": about, "growth": growth}), encoding="utf-8")
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- results -->old<!-- end of results -->\nafter\n", encoding="utf-8")
+    for _ in range(2):  # again: nothing is added twice
+        bench("--tables-only", "--output", str(tmp_path), "--docs", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.count("### growth") == 1 == text.count("![growth](pictures/growth.png)") and "old" not in text
+    assert (page.parent / "pictures" / "growth.png").stat().st_size > 1000 and "step_time" not in text
+
+
 def test_tables_of_nothing_are_refused(tmp_path: Path) -> None:
     done = bench("--tables-only", "--output", str(tmp_path), check=False)
     assert done.returncode == 2 and "has no results.json" in done.stderr
