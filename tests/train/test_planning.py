@@ -131,6 +131,8 @@ def test_a_limit_on_the_accumulators_is_a_limit_in_the_plan(cfg: config.RunConfi
     assert own.accumulators(0, one) == 4 * own.pool > 1000 and limited.accumulators(0, one) == 1000
     assert own.mask_peak(0, one) - limited.mask_peak(0, one) == own.accumulators(0, one) - 1000
     assert side["lora"].accumulators(0, one) == side["lora"].mask_peak(0, one) == 0
+    tight = Setting(length=LENGTH, memory=own.weights + 1000)  # without a limit half of what is free
+    assert own.accumulators(0, tight) == 500 and limited.accumulators(0, tight) == 1000
 
 
 def test_the_mask_of_stage_3_needs_shares_and_one_layer(side: dict[str, Planner]) -> None:

@@ -120,7 +120,9 @@ class Planner:
 
     def accumulators(self, stage: int, setting: Setting) -> int:
         """Bytes of the saliency pass's sums on each GPU; of shares at stage 3."""
-        return accumulators(self.cfg.adapter, self.pool // (setting.gpus if stage == 3 else 1))
+        shards = setting.gpus if stage == 3 else 1
+        free = max(0, int(setting.memory) - self.weights // shards)
+        return accumulators(self.cfg.adapter, self.pool // shards, free // 2)
 
     def mask_peak(self, stage: int, setting: Setting) -> int:
         """Bytes on each GPU while the mask is found: weights, sums, and a step of the calibration batch; or 0.
@@ -153,11 +155,12 @@ class Planner:
         return int((self.size + (0 if self.cfg.adapter.metric == "random" else SAVED_INDEX)) * self.k)
 
 
-def accumulators(section: AdapterSection, pool: int) -> int:
-    """Bytes of the saliency pass's accumulators on the device for `pool` targeted scalars: at most adapter.memory_limit."""
+def accumulators(section: AdapterSection, pool: int, room: int | None = None) -> int:
+    """Bytes of the saliency pass's accumulators on the device for `pool` targeted scalars: at most adapter.memory_limit, or `room`."""
     if section.method != "sparse" or section.metric in ("random", "magnitude") or section.mask:
         return 0
     limit = bytes_of(section.memory_limit)
+    limit = room if limit is None else limit
     return 4 * pool if limit is None else min(4 * pool, limit)
 
 
