@@ -76,16 +76,12 @@ def test_training_never_waits_and_detach_gives_back_every_bit(backward: str, dty
     before, given = bits(model), batch(model)
     tuner = sc.attach(model, gradient_mask(model), backward=backward)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-    losses = []
     for step in range(6):
-        loss = model(**given).loss if step < 2 else None  # the first forwards find out what layers share
-        if loss is None:
-            with no_waiting():
-                loss = model(input_ids=given["input_ids"]).logits.float().square().mean()
-                loss.backward()
+        if step < 2:  # the first steps find out what layers share
+            model(**given).loss.backward()
         else:
-            loss.backward()
-            losses.append(loss.item())
+            with no_waiting():
+                model(input_ids=given["input_ids"]).logits.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert not same_bits(bits(model), before)
@@ -107,7 +103,7 @@ def test_gradients_equal_those_of_the_cpu(backward: str) -> None:
         torch.testing.assert_close(tuners[1].values[name].grad.cpu(), values_K.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("metric", ["gradient", "snip", "fisher", "magnitude", "random"])
+@pytest.mark.parametrize("metric", ["gradient", "snip", "fisher"])
 def test_memory_limits_change_no_mask_on_a_gpu(metric: str) -> None:
     model = pico.llama().cuda()
     given = [batch(model), batch(model)]

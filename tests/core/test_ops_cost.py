@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speft_core.ops import cost, native
+from speft_core.ops import cost, native, triton_turn
 from speft_core.ops.layout import Layout
 
 # 7 entries in 3 rows (0, 4 and 9) and 5 columns (1, 2, 3, 8 and 12) of a weight of 11 rows and 13 columns
@@ -63,7 +63,18 @@ def test_the_constants_are_those_of_the_weights_kind(monkeypatch: pytest.MonkeyP
     expected = {torch.float32: cost.CPU_FP32, torch.float64: cost.CPU_FP32, torch.bfloat16: low, torch.float16: low}
     for dtype, rates in expected.items():
         assert cost.rates_for(torch.zeros(2, 2, dtype=dtype)) is rates
-        assert cost.rates_for(torch.zeros(2, 2, dtype=dtype, device="meta")) is cost.CUDA
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_on_a_gpu_wide_numbers_and_a_missing_triton_cost_more(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    monkeypatch.setattr(triton_turn, "installed", lambda: installed)
+    expected = {torch.bfloat16: cost.CUDA, torch.float16: cost.CUDA, torch.float32: cost.CUDA_WIDE, torch.float64: cost.CUDA_WIDE}
+    for dtype, rates in expected.items():
+        found = cost.rates_for(torch.zeros(2, 2, dtype=dtype, device="meta"))
+        if installed and dtype != torch.float64:
+            assert found is rates
+        else:
+            assert (found.product, found.gather) == (rates.product, rates.gather) and found.sampled > 5 * rates.sampled
 
 
 @pytest.mark.parametrize(
@@ -83,9 +94,11 @@ def test_clustered_masks_get_products_and_scattered_ones_entries(monkeypatch: py
 
 
 def test_a_gpu_takes_all_rows_or_columns_where_nearly_all_are_touched() -> None:
-    weight = torch.empty(100, 50, device="meta")
-    rows = Layout.of(torch.arange(85) * 50, (100, 50))  # 85 rows, one column
+    weight = torch.empty(104, 50, device="meta")
+    rows = Layout.of(torch.arange(85) * 50, (104, 50))  # 85 rows, one column
     parts = cost.work(rows, weight)
-    assert parts["compact"] == {"product": 100 * 1, "gather": 1} and parts["dense"] == parts["compact"]
-    few = cost.work(Layout.of(torch.arange(70) * 50, (100, 50)), weight)
+    assert parts["compact"] == {"product": 104 * 1, "gather": 1} and parts["dense"] == parts["compact"]
+    few = cost.work(Layout.of(torch.arange(70) * 50, (104, 50)), weight)
     assert few["compact"] == {"product": 70, "gather": 71}
+    odd = cost.work(Layout.of(torch.arange(99) * 50, (101, 50)), torch.empty(101, 50, device="meta"))
+    assert odd["compact"] == {"product": 99, "gather": 100}  # 101 numbers side by side are gathered anew in any case

@@ -87,6 +87,7 @@ def test_whatever_columns_are_kept_the_layouts_own_are_found(mask: tuple[list[in
                 inputs = Inputs(kept, columns_U, key)
                 found_TC = inputs.gather(inputs.picks(layout))
                 assert found_TC.dtype == expected_TC.dtype and torch.equal(found_TC, expected_TC)
+            assert Inputs(kept, columns_U, key).places(layout).dtype == layout.cols_C.dtype == torch.int32
             places = Inputs(kept, columns_U, key).places(layout).tolist()
             assert [columns_U[p] if columns_U is not None else p for p in places] == layout.cols_C.tolist()
 

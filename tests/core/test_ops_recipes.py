@@ -253,3 +253,12 @@ def test_what_was_moved_to_another_device_has_no_recipe(place: str) -> None:
     here, weight = (leaf() * leaf()).to("meta"), torch.randn(8, device="meta")
     assert recipe_of(weight * here if place == "second" else here * weight) is None
     assert recipe_of(torch.zeros((), requires_grad=True) * torch.zeros((), requires_grad=True)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_with_a_plain_number_is_kept(dtype: torch.dtype) -> None:
+    product = leaf(dtype=dtype) * leaf(dtype=dtype)
+    assert recipe_of(product) is not None
+    for scaled in (product * 0.1, 0.1 * product):  # autograd keeps the number as float64 on the CPU, wherever the model is
+        assert recipe_of(scaled) is None
+    assert recipe_of(product * torch.full((8,), 0.1, dtype=dtype)) is not None

@@ -45,6 +45,11 @@ for dtype in tolerance:  # an input made of factors, as RMSNorm's: rounded where
             assert (found[:, :tokens].float() - expected.T.float()).abs().le(expected.T.float().abs() / 64 + 1e-30).all()
         else:
             assert torch.equal(found[:, :tokens], expected.T), dtype
+
+x_TI, grad_TO, layout = torch.randn(9, 6), torch.randn(9, 7), Layout.of(torch.arange(0, 42, 5), (7, 6))
+factors = [(x_TI.double(), torch.float32), (torch.full((9, 6), 2.0), torch.float32)]  # one that no kernel takes
+found_K = PLANS["sampled"].entries(Inputs(factors), grad_TO, layout)
+assert (found_K - weight_gradient_entries(2 * x_TI, grad_TO, torch.arange(0, 42, 5))).norm() < 1e-4 and len(called) == 18
 print("same")
 """
 
@@ -55,6 +60,39 @@ def test_the_kernel_gives_the_oracles_entries() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "same"
+
+
+def test_a_triton_that_cannot_run_is_told_once_and_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+
+    from speft_core.ops import triton_turn
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_turn, "installed", lambda: True)
+    monkeypatch.setattr(triton_turn, "turned", broken)
+    triton_turn.works.cache_clear()
+    try:
+        assert not triton_turn.usable(torch.zeros(2, 2)) and not triton_turn.usable(torch.ones(3, 3))
+    finally:
+        triton_turn.works.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage().endswith("serve instead: Failed to find C compiler.")
+    monkeypatch.setattr(triton_turn, "works", lambda _: True)
+    assert triton_turn.usable(torch.zeros(2, 2)) and not triton_turn.usable(torch.zeros(2, 2), torch.zeros(2, 2).double())
+
+
+def test_triton_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from speft_core.ops import triton_turn
+
+    monkeypatch.setattr(triton_turn.importlib.util, "find_spec", lambda _: object())
+    for value, expected in (("1", True), ("0", False)):
+        monkeypatch.setenv("SPEFT_TRITON", value)
+        triton_turn.installed.cache_clear()
+        assert triton_turn.installed() is expected
+    triton_turn.installed.cache_clear()
 
 
 def test_without_cuda_and_interpreter_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

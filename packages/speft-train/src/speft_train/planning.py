@@ -130,7 +130,7 @@ class Planner:
         At stage 3 shares of the first two, and one layer: its weight, its gradient, and all ranks' parts of this GPU's share.
         """
         sums, shards = self.accumulators(stage, setting), setting.gpus if stage == 3 else 1
-        if not sums:
+        if not accumulators(self.cfg.adapter, self.pool):
             return 0
         layer = (self.size + 2 * VALUE) * self.largest_target if shards > 1 else 0
         return self.weights // shards + sums + layer + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
@@ -224,7 +224,7 @@ def _bytes_table(planner: Planner, setting: Setting) -> Table:
             table.add_row(what, *(f"{column[what] / GB:.3f}" for column in columns))
     table.add_section()
     table.add_row("while training", *(f"{sum(column.values()) / GB:.2f}" for column in columns))
-    if planner.accumulators(0, setting):
+    if accumulators(planner.cfg.adapter, planner.pool):
         sums = [planner.accumulators(stage, setting) for stage in ZERO_STAGES]
         table.add_row("saliency accumulators", *(f"{count / GB:.3f}" for count in sums))
         table.add_row("while the mask is found", *(f"{planner.mask_peak(stage, setting) / GB:.2f}" for stage in ZERO_STAGES))

@@ -6,12 +6,13 @@ constants per kind of machine (benchmarks/plans.py measures them) and times noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from . import native
+from . import native, triton_turn
 from .blocks import WHOLE_ABOVE
+from .cut import VECTOR
 from .layout import Layout
 from .matmul import has_tiles, slow_on_cpu
 
@@ -35,12 +36,17 @@ CPU_BF16 = Rates(product=17, native=34, sampled=63, gather=1500, turn=4500, spre
 CPU_TILES_BF16 = Rates(product=4, native=34, sampled=63, gather=1500, turn=4500, spread=540)
 CPU_SLOW_BF16 = Rates(product=80, native=40, sampled=65, gather=500, turn=1500, spread=1000)
 CUDA = Rates(product=0.0029, native=1, sampled=0.27, gather=4, turn=2, spread=1, start=6000)
+CUDA_WIDE = Rates(product=0.04, native=1, sampled=0.54, gather=8, turn=4, spread=1, start=6000)  # fp32 and float64
+WITHOUT_TRITON = 10  # how many times as long the sampled plan is taken to need
 
 
 def rates_for(weight: torch.Tensor) -> Rates:
     """The constants for weights of this dtype on this kind of device."""
     if weight.device.type != "cpu":
-        return CUDA
+        rates = CUDA if weight.dtype in (torch.bfloat16, torch.float16) else CUDA_WIDE
+        if triton_turn.installed() and weight.dtype in triton_turn.DTYPES:
+            return rates
+        return replace(rates, sampled=WITHOUT_TRITON * rates.sampled, turn=WITHOUT_TRITON * rates.turn)
     if weight.dtype in (torch.bfloat16, torch.float16):
         if slow_on_cpu(weight.dtype):
             return CPU_SLOW_BF16
@@ -72,7 +78,7 @@ def work(layout: Layout, weight: torch.Tensor) -> dict[str, dict[str, int]]:
 
 def _taken(count: int, width: int, kind: str) -> tuple[int, int]:
     """How many rows or columns a product takes for `count` touched ones, and how many of them are gathered (cut.py)."""
-    if kind == "cuda" and count >= WHOLE_ABOVE[kind] * width:
+    if kind == "cuda" and count >= WHOLE_ABOVE[kind] * width and width % VECTOR == 0:
         return width, 0
     return count, count
 

@@ -31,8 +31,8 @@ class Inputs:
         if self.columns_U is None:
             return layout.cols_C
         if self.columns_U is layout.cols_C:
-            return torch.arange(layout.cols_C.numel(), device=layout.cols_C.device)
-        return torch.searchsorted(self.columns_U, layout.cols_C)
+            return torch.arange(layout.cols_C.numel(), device=layout.cols_C.device, dtype=layout.cols_C.dtype)
+        return torch.searchsorted(self.columns_U, layout.cols_C, out_int32=layout.cols_C.dtype == torch.int32)
 
     def picks(self, layout: Layout) -> torch.Tensor | None:
         """Which of the factors' columns are the layout's; None: all of them, in order."""
@@ -44,7 +44,7 @@ class Inputs:
     def gather(self, picks_C: torch.Tensor | None) -> torch.Tensor:
         """The input as the layer read it, [T, C]: those of the factors' columns, or all (None)."""
         (first, dtype), *others = self.factors
-        if others and first.device.type == "cuda" and all(triton_turn.usable(factor) for factor, _ in self.factors):
+        if others and first.device.type == "cuda" and triton_turn.usable(*(factor for factor, _ in self.factors)):
             return triton_turn.turned(self.factors, picks_C).T[: first.shape[0]]
         x_TC = (first if picks_C is None else first.index_select(1, picks_C)).to(dtype)
         for factor, dtype in others:

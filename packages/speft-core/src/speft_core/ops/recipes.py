@@ -99,6 +99,8 @@ def _product(node: Any, x: torch.Tensor) -> Recipe | None:
     if type(inner).__name__ != "MulBackward0" or None in _operands(inner) or dtype not in (None, x.dtype, torch.float32):
         return None
     frozen = _reader(node, "_saved_other" if place == 0 else "_saved_self")
+    if frozen().dim() == 0:  # a plain number: float64 and on the CPU, whatever the model is
+        return None
     (made,) = inner._input_metadata
     if tuple(made.shape) != tuple(x.shape) or made.device != x.device:
         return None

@@ -19,7 +19,7 @@ def sampled_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> to
 
     On CUDA by Triton kernels, where Triton is there; else PyTorch's own, in fp32.
     """
-    if triton_turn.usable(grad_TO):
+    if triton_turn.usable(grad_TO, *(factor for factor, _ in inputs.factors)):
         return triton_sddmm.entries(inputs, grad_TO, layout)
     x_TC = inputs.gather(inputs.picks(layout))
     wide = torch.promote_types(grad_TO.dtype, torch.float32)

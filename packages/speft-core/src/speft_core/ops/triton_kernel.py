@@ -14,13 +14,14 @@ import triton.language as tl
 def turn_kernel(  # type: ignore[no-untyped-def]
     first, second, third, cols_C, out_CP, columns, tokens, padded,
     first_T, first_I, second_T, second_I, third_T, third_I,
-    FACTORS: tl.constexpr, DTYPES: tl.constexpr, WHOLE: tl.constexpr,
+    FACTORS: tl.constexpr, FIRST: tl.constexpr, MADE_2: tl.constexpr, ROUND_2: tl.constexpr, MADE_3: tl.constexpr,
+    ROUND_3: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """out[c, t] = product of the factors at [t, cols[c]]; zeros from `tokens` to `padded`.
 
-    Each factor is a [T, I] tensor of any strides (x_T, x_I). DTYPES: what the first factor is rounded to, then for each other
-    one what the product has in PyTorch and what it is rounded to. WHOLE: the columns are all columns, in order.
+    Each factor is a [T, I] tensor of any strides (x_T, x_I). FIRST: what the first factor is rounded to; MADE_n and
+    ROUND_n: what the product with factor n has in PyTorch, and what that is rounded to. WHOLE: the columns are all columns, in order.
     """
     at_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     at_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -31,13 +32,13 @@ def turn_kernel(  # type: ignore[no-untyped-def]
     else:
         col_C = tl.load(cols_C + at_C, mask=inside_C, other=0).to(tl.int64)
     wide_T = at_T.to(tl.int64)
-    product_TC = tl.load(first + wide_T[:, None] * first_T + col_C[None, :] * first_I, mask=inside_TC, other=0.0).to(DTYPES[0])
+    product_TC = tl.load(first + wide_T[:, None] * first_T + col_C[None, :] * first_I, mask=inside_TC, other=0.0).to(FIRST)
     if FACTORS > 1:
         factor_TC = tl.load(second + wide_T[:, None] * second_T + col_C[None, :] * second_I, mask=inside_TC, other=0.0)
-        product_TC = (product_TC.to(tl.float32) * factor_TC.to(tl.float32)).to(DTYPES[1]).to(DTYPES[2])
+        product_TC = (product_TC.to(tl.float32) * factor_TC.to(tl.float32)).to(MADE_2).to(ROUND_2)
     if FACTORS > 2:
         factor_TC = tl.load(third + wide_T[:, None] * third_T + col_C[None, :] * third_I, mask=inside_TC, other=0.0)
-        product_TC = (product_TC.to(tl.float32) * factor_TC.to(tl.float32)).to(DTYPES[3]).to(DTYPES[4])
+        product_TC = (product_TC.to(tl.float32) * factor_TC.to(tl.float32)).to(MADE_3).to(ROUND_3)
     place_CP = at_C.to(tl.int64)[:, None] * padded + at_T[None, :]
     tl.store(out_CP + place_CP, tl.trans(product_TC), mask=inside_C[:, None] & (at_T < padded)[None, :])
 

@@ -18,6 +18,7 @@ from .triton_turn import turned
 BLOCK_K, BLOCK_T = 32, 64  # entries and tokens that a program takes at a time
 WHOLE_ABOVE = 0.3  # share of rows or columns from which on all are turned, which reads memory in order
 STRETCHES = (512, 1024, 2048)  # tokens of one program
+SUMS = 1 << 26  # partial sums of all stretches together, 256 MB: beyond, stretches become longer
 CACHED = 1 << 23  # elements of x that programs side by side may read: they then come from the cache (16 MB in bf16)
 
 
@@ -33,6 +34,8 @@ def entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tens
     x_CP = turned(inputs.factors, columns.picks_P)
     padded = grad_RP.shape[1]
     stretch = next((s for s in reversed(STRETCHES) if s * x_CP.shape[0] <= CACHED), STRETCHES[0])
+    while stretch < padded and -(-padded // stretch) * layout.nnz > SUMS:
+        stretch *= 2
     stretches = -(-padded // stretch)
     out_SK = torch.empty(stretches, layout.nnz, dtype=torch.float32, device=grad_TO.device)
     operands = (grad_RP, x_CP, row_of_K, col_of_K, out_SK, layout.nnz, padded)

@@ -7,26 +7,43 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 
 import torch
 
+log = logging.getLogger(__name__)
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PADDING = 128  # tokens are rounded up to a multiple, which the kernels need not check
 TURN_C, TURN_T = 64, 64  # a tile of the transposition
+ROUNDINGS = ("FIRST", "MADE_2", "ROUND_2", "MADE_3", "ROUND_3")  # the kernel's names for what is rounded to what
 
 
 @functools.cache
 def installed() -> bool:
-    """Whether Triton is there."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there, and not turned off by SPEFT_TRITON=0."""
+    return os.environ.get("SPEFT_TRITON") != "0" and importlib.util.find_spec("triton") is not None
 
 
-def usable(tensor: torch.Tensor) -> bool:
-    """Whether the kernels can run on it: on CUDA, or anywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
-    somewhere = tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return somewhere and tensor.dtype in DTYPES and installed()
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether a kernel runs on this device: tried once, since Triton may lack a compiler or not know the GPU."""
+    try:
+        turned([(torch.ones(1, 1, device=device), torch.float32)], None)
+    except Exception as error:
+        log.warning("Triton cannot run on %s, PyTorch's operators serve instead: %s", device, str(error).strip().partition("\n")[0])
+        return False
+    return True
+
+
+def usable(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels can run on all of them: on one CUDA device, or anywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
+    device = tensors[0].device
+    somewhere = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    fit = all(tensor.dtype in DTYPES and tensor.device == device for tensor in tensors)
+    return somewhere and fit and installed() and works(device)
 
 
 def turned(factors: Sequence[tuple[torch.Tensor, torch.dtype]], picks_C: torch.Tensor | None) -> torch.Tensor:
@@ -54,6 +71,7 @@ def turned(factors: Sequence[tuple[torch.Tensor, torch.dtype]], picks_C: torch.T
     grid = (-(-columns // TURN_C), -(-padded // TURN_T))
     turn_kernel[grid](
         *three, places, out_CP, columns, tokens, padded, *strides, FACTORS=len(factors),
-        DTYPES=tuple(known[dtype] for dtype in dtypes), WHOLE=picks_C is None, BLOCK_C=TURN_C, BLOCK_T=TURN_T,
+        **{name: known[dtype] for name, dtype in zip(ROUNDINGS, dtypes + dtypes[-1:] * 4, strict=False)},
+        WHOLE=picks_C is None, BLOCK_C=TURN_C, BLOCK_T=TURN_T,
     )  # fmt: skip
     return out_CP

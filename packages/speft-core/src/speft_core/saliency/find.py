@@ -19,7 +19,7 @@ from ..structured import Structure, matrix_shape
 from ..targets import Targets, base_parameters, parameter_shape, resolve_targets
 from .calibration import Batch, Calibration, LossFn
 from .choose import Bound, Chooser
-from .memory import plan_groups
+from .memory import default_limit, plan_groups
 from .metrics import Metric, Score, as_metric
 from .passes import SHARED, Pass
 from .peers import Peers
@@ -52,9 +52,10 @@ def find_mask(
     metric: a name of METRICS, a function of (weight, mean gradient), a Metric, or ready scores (name -> tensor). "random" is
     keyed by `seed` and tensor name; `random_mode` "exact" draws k in proportion to the tensors' sizes, "bernoulli" tosses a
     coin for each scalar, so that k holds only on average. scope: "global" compares scores across all targets, "local" gives
-    each the same density. loss_fn(model, batch) replaces the model's own loss. memory_limit: bytes for accumulators on the
-    model's device; beyond it they go to host memory, then to several passes. It changes no bit of the mask (GRaSP's
-    `hessian="auto"` aside). structure: "entries", "rows", "columns", "blocks:B" or "N:M" (see structured.py).
+    each the same density. loss_fn(model, batch) replaces the model's own loss. memory_limit: bytes for accumulators on each
+    of the model's devices (None: half of what is free on a GPU); beyond it they go to host memory, then to several passes. It
+    changes no bit of the mask (GRaSP's `hessian="auto"` aside).
+    structure: "entries", "rows", "columns", "blocks:B" or "N:M" (see structured.py).
     min_per_layer, max_per_layer: bounds on the entries of each target, a count, or a share of the target when a float.
     options: of the metric, such as {"sign": 1} for grasp. peers: ranks that share the pass (see peers.py): all call this with the
     same arguments, rank 0 gets the mask, the others an empty one. Metrics whose pass cannot be shared run on rank 0 alone. Ranks
@@ -90,13 +91,18 @@ def find_mask(
     is_peer = peers is not None and peers.rank > 0 and not together
     if is_peer and row.source.compute not in SHARED:
         return SparsityMask({}, {}, made)
+    shared_by = peers if row.source.compute in SHARED else None
+    if memory_limit is None and row.source.compute in SHARED:  # the others hold more than sums
+        memory_limit = default_limit(model, names)
+        memory_limit = shared_by.least(memory_limit) if shared_by is not None else memory_limit
     groups = plan_groups(model, names, memory_limit)
-    if peers is not None and row.source.compute in SHARED:
-        groups = peers.first(groups)  # free memory may differ
-    calibration = Calibration(model, batches, loss_fn, peers if row.source.compute in SHARED else None, together)
+    if shared_by is not None:
+        groups = shared_by.first(groups)  # free host memory may differ
+    calibration = Calibration(model, batches, loss_fn, shared_by, together)
     if len(groups) > 1:
         calibration.keep()
-    run = Pass(model, calibration, names, {n: d for group in groups for n, d in group.items()}, _options(row, options))
+    in_host_memory = {n: "cpu" for group in groups for n, place in group.items() if place == "cpu"}
+    run = Pass(model, calibration, names, in_host_memory, _options(row, options))
     for group in groups:
         statistics = row.source.compute(run, list(group))
         if is_peer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,22 +26,25 @@ def free_host_memory() -> int:
         return 0
 
 
-def free_device_memory(devices: Iterable[torch.device]) -> int | None:
-    """Bytes that could be had now on the fullest of the CUDA `devices`, PyTorch's own reserve included; None without any."""
-    found = []
-    for device in {d for d in devices if d.type == "cuda"}:
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        found.append(torch.cuda.mem_get_info(device)[0] + idle)
-    return min(found, default=None)
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that could be had now on a CUDA device, PyTorch's own reserve included."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + idle)
+
+
+def default_limit(model: nn.Module, names: Sequence[str]) -> int | None:
+    """The limit where none is given: half of what is free on the fullest CUDA device, so that batches fit beside the sums."""
+    parameters = base_parameters(model)
+    devices = {parameters[n].device for n in names if parameters[n].device.type == "cuda"}
+    return min((free_device_memory(device) // 2 for device in devices), default=None)
 
 
 def plan_groups(model: nn.Module, names: Sequence[str], memory_limit: int | None) -> list[dict[str, str]]:
-    """Groups of targets, each for one pass over the calibration set: name -> device of its accumulator.
+    """Groups of targets, each for one pass over the calibration set: name -> "own" (the parameter's device) or "cpu".
 
-    memory_limit: bytes that accumulators may take on the model's device (None: half of what is free on a CUDA device, so that
-    the batches fit beside them; no limit elsewhere). On an accelerator what is beyond goes to host memory, half of what is
-    free there; what is beyond that, and on a CPU whatever is beyond the limit, takes further passes. A group holds at least
-    one target, in model order. Of partitioned weights each rank has a shard's sum.
+    memory_limit: bytes that accumulators may take on each device of the model (None: no limit). On an accelerator what is beyond
+    goes to host memory, half of what is free there; what is beyond that, and on a CPU whatever is beyond the limit, takes
+    further passes. A group holds at least one target, in model order. Of partitioned weights each rank has a shard's sum.
     """
     parameters = base_parameters(model)
 
@@ -51,21 +54,20 @@ def plan_groups(model: nn.Module, names: Sequence[str], memory_limit: int | None
 
     sizes = {n: size(parameters[n]) for n in names}
     if memory_limit is None:
-        free = free_device_memory(parameters[n].device for n in names)
-        memory_limit = None if free is None else free // 2
-    if memory_limit is None:
-        return [{n: str(parameters[n].device) for n in names}]
+        return [dict.fromkeys(names, "own")]
     host_limit = free_host_memory() // 2 if any(parameters[n].device.type not in ("cpu", "meta") for n in names) else 0
     groups: list[dict[str, str]] = []
-    left = host_left = -1
+    left: dict[torch.device, int] = {}
+    host_left = -1
     for name in names:
-        on_device = sizes[name] <= left
+        device = parameters[name].device
+        on_device = bool(groups) and sizes[name] <= left.get(device, memory_limit)
         if not on_device and sizes[name] > host_left:
             groups.append({})
-            left, host_left, on_device = memory_limit, host_limit, memory_limit >= sizes[name] or host_limit < sizes[name]
-        groups[-1][name] = str(parameters[name].device) if on_device else "cpu"
+            left, host_left, on_device = {}, host_limit, memory_limit >= sizes[name] or host_limit < sizes[name]
+        groups[-1][name] = "own" if on_device else "cpu"
         if on_device:
-            left -= sizes[name]
+            left[device] = left.get(device, memory_limit) - sizes[name]
         else:
             host_left -= sizes[name]
     return groups

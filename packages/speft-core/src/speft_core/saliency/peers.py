@@ -27,7 +27,9 @@ class PeerFailed(UserError):
 
 
 class Peers:
-    """One rank of `world`. `objects`: a process group for flags; `tensors`: one for tensors on the accumulators' device."""
+    """One rank of `world`. `objects`: a gloo group, for flags and for sums in host memory; `tensors`: one for tensors on the
+    model's device.
+    """
 
     def __init__(self, rank: int, world: int, objects: Any = None, tensors: Any = None) -> None:
         self.rank, self.world, self.objects, self.tensors = rank, world, objects, tensors
@@ -43,13 +45,14 @@ class Peers:
                 total.zero_()
             return
         for total in sums.values():
+            group = self.objects if total.device.type == "cpu" else self.tensors  # NCCL knows no host memory
             if self.rank:
-                dist.send(total, 0, group=self.tensors)
+                dist.send(total, 0, group=group)
                 total.zero_()
                 continue
             term = torch.empty_like(total)
             for other in range(1, present):
-                dist.recv(term, other, group=self.tensors)
+                dist.recv(term, other, group=group)
                 total.add_(term)
 
     def exchange(self, term: torch.Tensor) -> torch.Tensor:
@@ -74,6 +77,10 @@ class Peers:
     def first(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
         return self._agree([value])[0][0]
+
+    def least(self, value: int | None) -> int | None:
+        """The smallest of all ranks' values, on all ranks; None counts for nothing."""
+        return min((v for (v,) in self._agree([value]) if v is not None), default=None)
 
     def agree(self, message: str | None) -> None:
         """Go on together: UserError with this rank's `message`, PeerFailed with another's."""
