@@ -218,8 +218,34 @@ def test_what_cannot_be_among_the_largest_is_not_counted_again(monkeypatch: pyte
     monkeypatch.setattr(module, "_high", lambda scores_N: (counted.append(scores_N.numel()), high(scores_N))[1])
     descending = torch.arange(100, 0, -1).float() ** 3  # every ten in buckets of their own
     assert select_topk({"a": descending}, 10)["a"].tolist() == list(range(10))
-    assert sum(counted) < 25
+    assert counted == [10]
     mixed = descending.view(10, 10).T.reshape(-1)  # each chunk has a part of the largest
     counted.clear()
     assert select_topk({"a": mixed}, 10)["a"].tolist() == list(range(0, 100, 10))
     assert 10 <= sum(counted) < 60
+
+
+#: bits of fp32 scores a rounding apart, on both sides of the edge between two buckets
+NEIGHBOURS = torch.tensor([0x3F80_FFFE, 0x3F80_FFFF, 0x3F81_0000, 0x3F81_0001], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [4, 1 << 20])
+def test_bounds_that_bind_nobody_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {n: NEIGHBOURS[torch.randint(4, (9,), generator=generator)] for n in "abc"}
+        k = int(torch.randint(1, 28, (1,), generator=generator))
+        found = select(scores, k, caps=dict.fromkeys(scores, 9))
+        assert {n: i.tolist() for n, i in found.items()} == sorted_choice(scores, k)
+
+
+def test_a_budget_that_the_floors_use_up_leaves_nothing_to_the_others() -> None:
+    scores = {"a": torch.arange(5.0), "b": torch.arange(9.0) + 9, "c": torch.arange(4.0)}
+    found = select(scores, 5, floors={"a": 3, "c": 2})
+    assert {n: i.tolist() for n, i in found.items()} == {"a": [2, 3, 4], "b": [], "c": [2, 3]}
+
+
+def test_who_gave_no_bounds_is_not_told_of_any() -> None:
+    with pytest.raises(UserError, match="^k must lie between 0 and the 3 scores, got 4$"):
+        select({"a": torch.randn(3)}, 4)
