@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speft_core.errors import UserError
+from speft_core.ops import native
 from speft_core.ops.functions import SparseLinear
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
@@ -136,3 +137,15 @@ def test_the_layout_names_each_entrys_row_and_column(shape: str) -> None:
     assert torch.equal(flat_K, indices_K.long())
     assert int(layout.first_R[-1]) == layout.nnz == indices_K.numel()
     assert torch.equal(torch.diff(layout.first_R), torch.bincount(layout.row_of_K.long(), minlength=layout.rows_R.numel()))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_a_named_plan_is_taken_wherever_it_can_run(plan: str, dtype: torch.dtype) -> None:
+    weight = torch.zeros(4, 6, dtype=dtype)
+    layout = Layout.of(torch.tensor([1, 8]), (4, 6))
+    if plan != "native" or native.fits(weight):
+        assert plan_named(plan, layout, weight) == (PLANS[plan], "asked for")
+    else:
+        with pytest.raises(UserError, match="^backward native cannot run here: .*; use auto$"):
+            plan_named(plan, layout, weight)
