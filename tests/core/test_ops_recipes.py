@@ -246,3 +246,11 @@ def test_what_was_moved_to_another_device_has_no_recipe(place: str) -> None:
     here, weight = (leaf() * leaf()).to("meta"), torch.randn(8, device="meta")
     assert recipe_of(weight * here if place == "second" else here * weight) is None
     assert recipe_of(torch.zeros((), requires_grad=True) * torch.zeros((), requires_grad=True)) is None
+
+
+def test_dimensions_may_be_counted_from_the_end() -> None:
+    x = torch.tanh(leaf()).transpose(-3, -2).reshape(10, 8)
+    recipe = recipe_of(x)
+    assert recipe is not None
+    everything = Layout.of(torch.arange(8, dtype=torch.int32), (1, 8))
+    assert torch.equal(Inputs(recipe.factors()).gather(everything), x.detach())
