@@ -28,6 +28,8 @@ def test_of_equal_magnitudes_the_first_are_kept_and_shares_are_rounded_down() ->
     assert kept(_largest(given, 0.7)) == [[0, 1, 2], [1, 3]]
     assert kept(_largest(given, 1.0)) == [[0, 1, 2, 3, 4], [1, 2, 3]]
     assert kept(_largest(given, 0.1)) == [[], []]
+    many = stack([[2.0, -2.0] * 50])  # more than a sort that is not stable leaves in their order
+    assert kept(_largest(many, 0.3)) == [list(range(30))]
 
 
 NUMBERS = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speft_core.errors import UserError
-from speft_core.ops import blocks, cut
+from speft_core.ops import blocks, cut, native
 from speft_core.ops.functions import SparseLinear
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
@@ -153,3 +153,32 @@ def test_the_layout_names_each_entrys_row_and_column(shape: str) -> None:
     assert torch.equal(flat_K, indices_K.long())
     assert int(layout.first_R[-1]) == layout.nnz == indices_K.numel()
     assert torch.equal(torch.diff(layout.first_R), torch.bincount(layout.row_of_K.long(), minlength=layout.rows_R.numel()))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_a_named_plan_is_taken_wherever_it_can_run(plan: str, dtype: torch.dtype) -> None:
+    weight = torch.zeros(4, 6, dtype=dtype)
+    layout = Layout.of(torch.tensor([1, 8]), (4, 6))
+    if plan != "native" or native.fits(weight):
+        assert plan_named(plan, layout, weight) == (PLANS[plan], "asked for")
+    else:
+        with pytest.raises(UserError, match="^backward native cannot run here: .*; use auto$"):
+            plan_named(plan, layout, weight)
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_as_many_touched_rows_as_inputs_are_not_all_rows(plan: str) -> None:
+    indices_K = torch.tensor([1, 4 * 4 + 2, 7 * 4, 10 * 4 + 3], dtype=torch.int32)  # four of twelve rows, four inputs
+    x_TI, grad_TO = torch.randn(5, 4), torch.randn(5, 12)
+    found_K = PLANS[plan].entries(whole(x_TI), grad_TO, Layout.of(indices_K, (12, 4)))
+    assert relative(found_K, weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_input_and_gradient_need_not_be_of_one_dtype(plan: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, weight, grad_y, indices_K = case("odd_sizes", torch.float32)
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]).to(dtypes[0]), grad_y.reshape(-1, grad_y.shape[-1]).to(dtypes[1])
+    found_K = PLANS[plan].entries(whole(x_TI), grad_TO, Layout.of(indices_K, (weight.shape[0], weight.shape[1])))
+    assert relative(found_K, weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K)) <= TOLERANCE[torch.bfloat16]

@@ -262,3 +262,11 @@ def test_a_product_with_a_plain_number_is_kept(dtype: torch.dtype) -> None:
     for scaled in (product * 0.1, 0.1 * product):  # autograd keeps the number as float64 on the CPU, wherever the model is
         assert recipe_of(scaled) is None
     assert recipe_of(product * torch.full((8,), 0.1, dtype=dtype)) is not None
+
+
+def test_dimensions_may_be_counted_from_the_end() -> None:
+    x = torch.tanh(leaf()).transpose(-3, -2).reshape(10, 8)
+    recipe = recipe_of(x)
+    assert recipe is not None
+    everything = Layout.of(torch.arange(8, dtype=torch.int32), (1, 8))
+    assert torch.equal(gathered(recipe, everything), x.detach())

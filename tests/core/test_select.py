@@ -218,8 +218,59 @@ def test_what_cannot_be_among_the_largest_is_not_counted_again(monkeypatch: pyte
     monkeypatch.setattr(module, "_high", lambda scores_N: (counted.append(scores_N.numel()), high(scores_N))[1])
     descending = torch.arange(100, 0, -1).float() ** 3  # every ten in buckets of their own
     assert select_topk({"a": descending}, 10)["a"].tolist() == list(range(10))
-    assert sum(counted) < 25
+    assert counted == [10]
     mixed = descending.view(10, 10).T.reshape(-1)  # each chunk has a part of the largest
     counted.clear()
     assert select_topk({"a": mixed}, 10)["a"].tolist() == list(range(0, 100, 10))
     assert 10 <= sum(counted) < 60
+
+
+#: bits of fp32 scores a rounding apart, on both sides of the edge between two buckets
+NEIGHBOURS = torch.tensor([0x3F80_FFFE, 0x3F80_FFFF, 0x3F81_0000, 0x3F81_0001], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [4, 1 << 20])
+def test_bounds_that_bind_nobody_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {n: NEIGHBOURS[torch.randint(4, (9,), generator=generator)] for n in "abc"}
+        k = int(torch.randint(1, 28, (1,), generator=generator))
+        for bounds in ({}, {"caps": dict.fromkeys(scores, 9)}):
+            found = select(scores, k, **bounds)
+            assert {n: i.tolist() for n, i in found.items()} == sorted_choice(scores, k)
+
+
+def test_a_budget_that_the_floors_use_up_leaves_nothing_to_the_others() -> None:
+    scores = {"a": torch.arange(5.0), "b": torch.arange(9.0) + 9, "c": torch.arange(4.0)}
+    found = select(scores, 5, floors={"a": 3, "c": 2})
+    assert {n: i.tolist() for n, i in found.items()} == {"a": [2, 3, 4], "b": [], "c": [2, 3]}
+
+
+def test_who_gave_no_bounds_is_not_told_of_any() -> None:
+    with pytest.raises(UserError, match="^k must lie between 0 and the 3 scores, got 4$"):
+        select({"a": torch.randn(3)}, 4)
+
+
+def test_a_bucket_ends_below_the_edge_of_the_next() -> None:
+    bucket = module.BUCKETS // 2 - 1 - 0x3F80
+    assert module._edge(bucket - 1) == NEIGHBOURS[2]
+    assert module._in_bucket(NEIGHBOURS, bucket).tolist() == NEIGHBOURS[:2].tolist()
+    assert module._in_bucket(NEIGHBOURS, bucket - 1).tolist() == NEIGHBOURS[2:].tolist()
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        pytest.fail("NumPy reads memory of the CPU alone")
+
+
+def test_positions_are_the_same_on_every_device() -> None:
+    scores_N = torch.tensor([1.0, -2.0, 3.0, 1.0, 0.5])
+    for bound in (1.0, 0.75, -math.inf, 4.0):
+        expected = [i for i, score in enumerate(scores_N.tolist()) if score >= bound]
+        assert module._at_least(scores_N, bound).tolist() == expected
+        assert module._at_least(scores_N.as_subclass(Elsewhere), bound).tolist() == expected
