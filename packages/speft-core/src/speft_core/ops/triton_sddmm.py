@@ -40,7 +40,8 @@ def entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tens
     out_SK = torch.empty(stretches, layout.nnz, dtype=torch.float32, device=grad_TO.device)
     operands = (grad_RP, x_CP, row_of_K, col_of_K, out_SK, layout.nnz, padded)
     grid = (-(-layout.nnz // BLOCK_K), stretches)
-    sddmm_kernel[grid](*operands, STRETCH=stretch, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T)
+    with torch.cuda.device_of(out_SK):
+        sddmm_kernel[grid](*operands, STRETCH=stretch, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T)
     return out_SK[0] if stretches == 1 else out_SK.sum(0)
 
 

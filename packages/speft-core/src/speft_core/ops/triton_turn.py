@@ -69,9 +69,10 @@ def turned(factors: Sequence[tuple[torch.Tensor, torch.dtype]], picks_C: torch.T
     strides = [stride for factor in three for stride in factor.stride()]
     places = out_CP if picks_C is None else picks_C  # not read when all columns are asked for
     grid = (-(-columns // TURN_C), -(-padded // TURN_T))
-    turn_kernel[grid](
-        *three, places, out_CP, columns, tokens, padded, *strides, FACTORS=len(factors),
-        **{name: known[dtype] for name, dtype in zip(ROUNDINGS, dtypes + dtypes[-1:] * 4, strict=False)},
-        WHOLE=picks_C is None, BLOCK_C=TURN_C, BLOCK_T=TURN_T,
-    )  # fmt: skip
+    with torch.cuda.device_of(out_CP):  # Triton launches on the current GPU, whatever its operands lie on
+        turn_kernel[grid](
+            *three, places, out_CP, columns, tokens, padded, *strides, FACTORS=len(factors),
+            **{name: known[dtype] for name, dtype in zip(ROUNDINGS, dtypes + dtypes[-1:] * 4, strict=False)},
+            WHOLE=picks_C is None, BLOCK_C=TURN_C, BLOCK_T=TURN_T,
+        )  # fmt: skip
     return out_CP
