@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-UNITS = {"seconds": lambda v: f"{v:.4g}", "trainable": lambda v: f"{v:,}", "changed": lambda v: f"{v:,}", "elements": lambda v: f"{v:,}"}
+UNITS = {"at": lambda v: f"{v:g}", "seconds": lambda v: f"{v:.4g}", "trainable": lambda v: f"{v:,}", "changed": lambda v: f"{v:,}", "elements": lambda v: f"{v:,}"}
 START, STOP = "<!-- results -->", "<!-- end of results -->"
 
 
