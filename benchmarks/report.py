@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-UNITS = {"at": lambda v: f"{v:g}", "seconds": lambda v: f"{v:.4g}", "trainable": lambda v: f"{v:,}", "changed": lambda v: f"{v:,}", "elements": lambda v: f"{v:,}"}
+UNITS = {
+    "at": lambda v: f"{v:g}", "seconds": lambda v: f"{v:.4g}", "trainable": lambda v: f"{v:,}", "changed": lambda v: f"{v:,}",
+    "elements": lambda v: f"{v:,}",
+}  # fmt: skip
 START, STOP = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -89,6 +92,9 @@ def plots(results: dict[str, Any], folder: Path) -> list[Path]:
                 axis.plot(*zip(*own, strict=True), marker="o", label=method)
             axis.axhline(1.0, color="black", linewidth=0.8)
             axis.set_xscale("log")
+            places = sorted({r["at"] for r in rows if r["axis"] == name})
+            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.minorticks_off()
             axis.set_xlabel(name)
             axis.set_title("step time over the floor")
             axis.legend()
