@@ -126,8 +126,8 @@ def test_the_three_versions_are_in_step() -> None:
 
 # Distributions that are imported under another name.
 IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
-# Declared though no file imports it: transformers reads GGUF files with it.
-NEEDED_BY_OTHERS = {"gguf"}
+# Declared though no file imports them: transformers reads GGUF files with the one, and its Trainer runs on the other.
+NEEDED_BY_OTHERS = {"gguf", "accelerate"}
 # Imported though not declared: both only where they are there (Triton comes with torch, httpx* with huggingface_hub).
 COME_ALONG = {"triton", "httpx", "httpx2"}
 

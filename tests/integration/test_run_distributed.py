@@ -70,7 +70,7 @@ def test_two_ranks_train_as_one_process_does(ran: Path, name: str) -> None:
         assert sc.SparsityMask.load(masks[0]) == sc.SparsityMask.load(masks[1])
     found = [results.read(RunFolder(ran / side / name)) for side in ("one", "two")]
     if "dynamic" in found[0]:
-        assert [c["step"] for c in found[1]["dynamic"]["changes"]] == [2, 4, 6]
+        assert [c["step"] for c in found[1]["dynamic"]["changes"]] == [2, 4]  # no mask after the last step, the sixth
         assert found[1]["dynamic"]["union"] == sc.SparseAdapter.load(ran / "two" / name / "adapter").nnz
     assert end["drawn"] == [random_masks_digest()] * 2, "each rank draws the same random masks for itself"
     for figures in ("base", "adapted"):
