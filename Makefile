@@ -45,9 +45,10 @@ coverage: $(VENV)/.dev
 	@$(RUN) python -m pytest -m "not real" -n $(JOBS) --cov --cov-report=term-missing:skip-covered tests/core $(ARGS)
 
 # One process: tests of the compiled plan set numbers of threads. ARGS="'speft_core.select.*'" takes a part; build/mutation keeps the results.
+# mutants/src must exist at the start: Python forgets a folder of PYTHONPATH that it did not find, and then tests what is installed.
 mutation: $(VENV)/.dev
 	@$(PIP_INSTALL) mutmut
-	@mkdir -p build/mutation && cd build/mutation && ln -sfn ../../packages/speft-core/src src && ln -sfn ../../tests tests && ln -sf ../../pyproject.toml pyproject.toml
+	@mkdir -p build/mutation/mutants/src && cd build/mutation && ln -sfn ../../packages/speft-core/src src && ln -sfn ../../tests tests && ln -sf ../../pyproject.toml pyproject.toml
 	@cd build/mutation && PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$$PWD/mutants/src" OMP_NUM_THREADS=1 mutmut run --max-children 1 $(ARGS)
 	@cd build/mutation && PATH="$(CURDIR)/$(BIN):$$PATH" mutmut results
 
