@@ -74,7 +74,7 @@ def test_on_a_gpu_wide_numbers_and_a_missing_triton_cost_more(monkeypatch: pytes
         if installed and dtype != torch.float64:
             assert found is rates
         else:
-            assert (found.product, found.gather) == (rates.product, rates.gather) and found.sampled > 5 * rates.sampled
+            assert found == dataclasses.replace(rates, sampled=10 * rates.sampled, turn=10 * rates.turn)
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,16 @@ def test_under_checkpointing_each_keeps_its_own_and_meets_no_one(monkeypatch: py
             assert columns_U is layout.cols_C and key == "own" and torch.equal(found, x[:, layout.cols_C.long()])
             assert keeper.cols_C is layout.cols_C and keeper.readers is None  # where the layout is now, on any device
     assert not x.__dict__
+
+
+def test_a_layer_that_joins_later_has_its_columns_kept_too() -> None:
+    x = torch.randn(3, 8)
+    first, second, third = (Keeper(torch.tensor(columns, dtype=torch.int32)) for columns in ([0, 2], [2, 5], [7]))
+    for keeper in (first, second):
+        keeper.meet(x)
+    assert first.columns()[0].tolist() == [0, 2, 5] and second.columns()[0] is first.columns()[0]
+    third.meet(x)
+    for keeper in (second, third, first):
+        columns_U, key = keeper.columns()
+        assert columns_U.tolist() == [0, 2, 5, 7] and key == ("union", 3)
+        assert columns_U is first.columns()[0]
