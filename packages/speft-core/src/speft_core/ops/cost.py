@@ -12,7 +12,7 @@ import torch
 
 from . import native, triton_turn
 from .blocks import WHOLE_ABOVE
-from .cut import VECTOR
+from .cut import VECTOR, kind_of
 from .layout import Layout
 from .matmul import has_tiles, slow_on_cpu
 
@@ -63,7 +63,7 @@ def estimates(layout: Layout, weight: torch.Tensor) -> dict[str, float]:
 def work(layout: Layout, weight: torch.Tensor) -> dict[str, dict[str, int]]:
     """Plan -> what it does for a token: name of a constant of Rates -> how often; only plans that can run."""
     touched_rows, touched_columns = layout.rows_R.numel(), layout.cols_C.numel()
-    kind = "cpu" if weight.device.type == "cpu" else "cuda"
+    kind = kind_of(weight)
     rows, moved_rows = _taken(touched_rows, layout.shape[0], kind)
     columns, moved_columns = _taken(touched_columns, layout.shape[1], kind)
     found = {

@@ -3,7 +3,8 @@
 A gated MLP's `silu(gate) * up`, an RMSNorm's `weight * (hidden * rsqrt)` and the output of scaled dot-product attention are
 of this kind: their own backward saves the factors, so a linear layer that reads them can form the few columns it needs when
 backward comes by, with the very same operations and so the same bits. The nodes are only looked at in forward; what they
-saved is read in backward, as hooks for saved tensors (offloading, measuring) may then have moved it.
+saved is read in backward, as hooks for saved tensors (offloading, measuring) may then have moved it. The one thing read in
+forward is whether a frozen factor is a plain number.
 
 Where this is not safe, `recipe_of` gives None and the columns are kept: under checkpointing (whose saved tensors can be read
 only once) and any other hook of a library, and for sharded weights, which may be gone when backward comes.
