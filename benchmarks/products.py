@@ -1,8 +1,9 @@
-"""The input gradient of a linear layer in bf16 against the same formed in fp32 and rounded: which one this CPU is faster at.
+"""The input gradient of a linear layer in every form that `ops/matmul.py` chooses from: which one this CPU is faster at.
 
     python benchmarks/products.py --tokens 1024 --rounds 15
 
-`ops/matmul.py` chooses by the kind of CPU, so that a run's bits do not depend on a stopwatch; this shows whether it chose well.
+In bf16, against the same formed in fp32 and rounded; in fp32 by PyTorch's own product (MKL's), against oneDNN's. `ops/matmul.py`
+chooses by the kind of CPU, so that a run's bits do not depend on a stopwatch; this shows whether it chose well.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import torch
 from report import machine
 
-from speft_core.ops.matmul import wider_is_faster
+from speft_core.ops.matmul import onednn_is_faster, onednn_product, wider_is_faster
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
 
@@ -41,18 +42,23 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     print(machine(asked.threads))
-    print(f"chosen here: {'fp32, rounded' if wider_is_faster(torch.bfloat16) else 'bf16'}")
-    print("layer         bf16 ms   fp32, rounded ms   ratio")
+    print(f"chosen here: in bf16 {'fp32, rounded' if wider_is_faster(torch.bfloat16) else 'bf16'}, in fp32 ", end="")
+    print("oneDNN's" if onednn_is_faster() else "PyTorch's own")
+    print("layer         bf16 ms   fp32, rounded ms   ratio   fp32 ms   oneDNN's ms   ratio")
     for rows, columns in SHAPES:
-        grad_TO, weight_OI = torch.randn(asked.tokens, rows).bfloat16(), torch.randn(rows, columns).bfloat16()
+        grad_TO, weight_OI = torch.randn(asked.tokens, rows), torch.randn(rows, columns)
+        halves = (grad_TO.bfloat16(), weight_OI.bfloat16())
         found = milliseconds(
             {
-                "bf16": lambda g=grad_TO, w=weight_OI: g @ w,
-                "fp32": lambda g=grad_TO, w=weight_OI: (g.float() @ w.float()).bfloat16(),
+                "bf16": lambda g=halves[0], w=halves[1]: g @ w,
+                "rounded": lambda g=halves[0], w=halves[1]: (g.float() @ w.float()).bfloat16(),
+                "fp32": lambda g=grad_TO, w=weight_OI: g @ w,
+                "onednn": lambda g=grad_TO, w=weight_OI: onednn_product(g, w),
             },
             asked.rounds,
         )
-        print(f"{rows:>5} x {columns:<5} {found['bf16']:8.2f} {found['fp32']:18.2f} {found['fp32'] / found['bf16']:7.2f}")
+        first = f"{found['bf16']:8.2f} {found['rounded']:18.2f} {found['rounded'] / found['bf16']:7.2f}"
+        print(f"{rows:>5} x {columns:<5} {first} {found['fp32']:9.2f} {found['onednn']:13.2f} {found['onednn'] / found['fp32']:7.2f}")
 
 
 if __name__ == "__main__":

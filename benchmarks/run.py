@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                              everything, on bundled:smollm2-135m
     python benchmarks/run.py step_time --dtype fp32 --data gsm8k/train.jsonl --rounds 12
-    python benchmarks/run.py --model tiny --rounds 2      a minute: does it run?
+    python benchmarks/run.py step_time memory swap --model tiny --rounds 2 --dtype fp32   does it run? some minutes
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ class Worker:
         storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in left_out:
-                storages[storage.data_ptr()] = storage  # held, so that its address is not given out again
+            parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)  # SHiRA saves sparse ones
+            for storage in (part.untyped_storage() for part in parts):
+                if storage.data_ptr() not in left_out:
+                    storages[storage.data_ptr()] = storage  # held, so that its address is not given out again
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -22,7 +22,7 @@ def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     methods = ["--methods", "speft", "LoRA r2"]
     bench("step_time", "swap", "--dtype", "fp32", "--output", str(tmp_path), *methods)
-    bench("memory", "--dtype", "fp32", "--output", str(tmp_path), *methods)
+    bench("memory", "--dtype", "fp32", "--output", str(tmp_path), *methods, "SHiRA r2", "full")
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {"step_time", "memory", "swap", "machine"} <= set(results)
     times = {r["method"]: r for r in results["step_time"]}
@@ -33,6 +33,7 @@ def test_step_time_memory_and_swap_on_a_tiny_model(tmp_path: Path) -> None:
     # Inputs are made again, not kept; the layer of its own even saves a little that a Linear keeps, so below the floor is fine.
     assert saved["floor"] == 0
     assert saved["speft"] < saved["LoRA r2"]
+    assert set(saved) == {"floor", "speft", "LoRA r2", "SHiRA r2", "full"} and saved["SHiRA r2"] > 0  # it saves sparse tensors
     swaps = {r["method"]: r for r in results["swap"]}
     assert swaps["speft"]["changed"] == 0 < swaps["speft"]["elements"]
     text = (tmp_path / "results.md").read_text(encoding="utf-8")

@@ -67,7 +67,8 @@ def test_a_second_derivative_passes_through() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_products_are_pytorchs_own(dtype: torch.dtype) -> None:
+def test_wide_products_are_pytorchs_own(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
     grad_TO, weight_OI = operands(20, 30, 40, dtype)
     assert not matmul.wider_is_faster(dtype)
     assert torch.equal(grad_input(grad_TO, weight_OI), grad_TO @ weight_OI)
@@ -90,6 +91,72 @@ def test_bf16_kernels_are_used_where_they_are_faster(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     assert matmul.wider_is_faster.__wrapped__(torch.bfloat16) is widened
     assert not matmul.wider_is_faster.__wrapped__(torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("name", "wide", "chosen"), [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel Xeon", True, False), (None, True, False)]
+)
+def test_onednn_multiplies_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, wide: bool, chosen: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": wide}, raising=False)
+    faster = matmul.onednn_is_faster.__wrapped__
+    assert faster() is chosen
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # then PyTorch multiplies with something else
+    assert not faster()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # a PyTorch without the operator
+    assert not faster()
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """oneDNN on any CPU; the shapes of what it multiplied."""
+    asked: list[tuple[int, ...]] = []
+    product = matmul.onednn_product
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "onednn_product", lambda g, w: (asked.append((*g.shape, w.shape[1])), product(g, w))[1])
+    return asked
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (64, 96, 192), (33, 600, 70)], ids=str)
+def test_products_by_onednn_are_right_whatever_the_strides(by_onednn: list[tuple[int, ...]], shape: tuple[int, int, int]) -> None:
+    tokens, outputs, inputs = shape
+    weight_OI = torch.nn.Parameter(torch.randn(outputs, inputs), requires_grad=False)
+    for grad_TO in (
+        torch.randn(tokens, outputs),
+        torch.randn(outputs, tokens).T,
+        torch.randn(tokens, 3 * outputs)[:, outputs : 2 * outputs],
+        torch.ones(1).expand(tokens, outputs),  # the gradient of a sum
+    ):
+        for weight in (weight_OI, weight_OI.T.contiguous().T, torch.randn(2 * outputs, 2 * inputs)[::2, ::2]):
+            by_onednn.clear()
+            found_TI = grad_input(grad_TO, weight)
+            assert by_onednn == [(tokens, outputs, inputs)]
+            assert found_TI.dtype == torch.float32 and found_TI.is_contiguous()
+            torch.testing.assert_close(found_TI.double(), grad_TO.double() @ weight.double(), rtol=1e-5, atol=1e-4)
+            assert torch.equal(found_TI, grad_input(grad_TO, weight))
+
+
+def test_a_bf16_gradient_of_an_fp32_weight_and_what_onednn_has_no_derivative_of_stay_pytorchs(
+    monkeypatch: pytest.MonkeyPatch, by_onednn: list[tuple[int, ...]]
+) -> None:
+    grad_TO, weight_OI = operands(6, 5, 4, torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        grad_input(grad_TO.to(dtype), weight_OI)
+    grad_input(grad_TO[:0], weight_OI)
+    grad_input(torch.empty(3, 4, device="meta"), torch.empty(4, 5, device="meta"))
+    grad_TO.requires_grad_()
+    grad_input(grad_TO, weight_OI).sum().backward()
+    assert torch.allclose(grad_TO.grad, weight_OI.sum(1).expand(6, 5))
+    with monkeypatch.context() as user:
+        user.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)  # as torch.backends.mkldnn.flags(enabled=False) sets it
+        grad_input(grad_TO.detach(), weight_OI)
+    assert by_onednn == []
+    with torch.no_grad():  # as in a backward without create_graph
+        grad_input(grad_TO, weight_OI.to(torch.float64))
+    assert by_onednn == [(6, 5, 4)]
 
 
 class _Mkldnn:

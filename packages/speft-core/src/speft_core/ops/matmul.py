@@ -52,13 +52,29 @@ def wider_is_faster(dtype: torch.dtype) -> bool:
     return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN's fp32 product beats MKL's, which PyTorch takes: on AMD's CPUs with AVX-512, by a tenth to an eighth.
+
+    MKL keeps to AVX2 there (measured on Zen 4; `python benchmarks/products.py`). The operator is the one that inductor calls.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    found = torch.cpu.get_capabilities()
+    return "AMD" in str(found.get("cpu_name")) and bool(found.get("avx512_f"))
+
+
 def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """grad_TO @ weight_OI in grad's dtype. On a CPU where fp32 is faster: in fp32, a tile at a time.
+    """grad_TO @ weight_OI in grad's dtype, by the library that is fastest on this machine. On a CPU where fp32 is faster: in
+    fp32, a tile at a time.
 
     PyTorch's fallback runs a bf16 product at 1 to 2 GFLOP/s where the same CPU does 100 in fp32; sums are kept in fp32 either way.
     """
     if grad_TO.device.type != "cpu" or not wider_is_faster(grad_TO.dtype):
-        return grad_TO @ weight_OI.to(grad_TO.dtype)
+        weight_OI = weight_OI.to(grad_TO.dtype)
+        return onednn_product(grad_TO, weight_OI) if _takes_onednn(grad_TO, weight_OI) else grad_TO @ weight_OI
     if torch.is_grad_enabled() and grad_TO.requires_grad:  # a second derivative goes through here
         return (grad_TO.float() @ weight_OI.to(grad_TO.dtype).float()).to(grad_TO.dtype)
     (tokens, outputs), inputs = grad_TO.shape, weight_OI.shape[1]
@@ -73,6 +89,21 @@ def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
             product_TB = torch.mm(wide_TO, wide_OB, out=_scratch("product", (part_TO.shape[0], wide_OB.shape[1])))
             grad_x_TI[first : first + TILE_TOKENS, left : left + step] = product_TB
     return grad_x_TI
+
+
+def _takes_onednn(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """An fp32 product on the CPU that is not empty, of which no derivative is asked: oneDNN's operator has none."""
+    if grad_TO.device.type != "cpu" or grad_TO.dtype != torch.float32 or not (grad_TO.numel() and weight_OI.numel()):
+        return False
+    if torch.is_grad_enabled() and (grad_TO.requires_grad or weight_OI.requires_grad):
+        return False
+    return onednn_is_faster() and bool(torch._C._get_mkldnn_enabled())
+
+
+def onednn_product(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """grad_TO @ weight_OI by oneDNN, both fp32 on the CPU."""
+    product_TI: torch.Tensor = torch.ops.mkldnn._linear_pointwise(grad_TO, weight_OI.t(), None, "none", [], "")
+    return product_TI
 
 
 _local = threading.local()
