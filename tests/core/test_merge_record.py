@@ -176,6 +176,17 @@ def test_what_is_left_of_a_sum_keeps_its_dtype_heads_and_story_but_not_the_merge
     assert gone.deltas["v"].values_K.tolist() == [-3.0] and gone.deltas["v"].shape == (8,)
 
 
+def test_what_a_sum_had_alone_stays_and_what_is_left_is_fingerprinted() -> None:
+    record = {"shape": [8], "sample": "s", "base_float32": "h"}
+    merged = SparseAdapter({n: delta({1: 1.0, 2: 2.0}) for n in "abc"}, {}, AdapterConfig(), {n: dict(record) for n in "abc"})
+    part = SparseAdapter({n: delta({2: 2.0 if n == "b" else 1.0}) for n in "bc"})
+    left = subtract(merged, part)  # of "a", which comes first, nothing is taken
+    assert {n: d.values_K.tolist() for n, d in left.deltas.items()} == {"a": [1.0, 2.0], "b": [1.0], "c": [1.0, 1.0]}
+    assert left.fingerprint == {"a": record, "b": {"shape": [8], "sample": "s"}, "c": record}
+    with pytest.raises(UserError, match=r"^w has different shapes"):
+        subtract(one({1: 1.0}), SparseAdapter({"w": delta({1: 1.0}, 6)}))
+
+
 def test_a_print_is_kept_whole_only_where_the_positions_are_the_sources_own() -> None:
     record = {"shape": [8], "sample": "s", "base_float32": "h"}
     a, b = one({0: 1.0, 3: 2.0}), one({3: 1.0})

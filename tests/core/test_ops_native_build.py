@@ -107,8 +107,14 @@ def test_a_build_appears_whole_where_it_was_asked_for(
     if not openmp:  # as where PyTorch brings no OpenMP
         monkeypatch.setattr(native, "_openmp", list)
     target = quick / "a" / "b" / "native.so"
-    native._build(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang", target)
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang"
+    commands, run = [], subprocess.run
+    with monkeypatch.context() as building:
+        building.setattr(tempfile, "tempdir", str(quick / "elsewhere"))  # it may lie on another disk, from which nothing can be renamed
+        building.setattr(subprocess, "run", lambda command, **options: (commands.append(command), run(command, **options))[1])
+        native._build(found, target)
     assert list(target.parent.iterdir()) == [target]
+    assert ["-fopenmp" in command for command in commands] == [openmp, False]
     assert ctypes.CDLL(str(target)).speft_abi() == native.ABI
     needs = subprocess.run(["ldd", str(target)], capture_output=True, text=True, check=True).stdout
     assert ("libgomp" in needs or "libiomp" in needs) == openmp

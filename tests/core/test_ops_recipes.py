@@ -239,6 +239,28 @@ def test_hooks_are_told_by_the_library_they_come_from(monkeypatch: pytest.Monkey
         assert hooks_forbid() == (library.split(".")[0] not in ("ours", "torchish"))
 
 
+def test_hooks_are_seen_while_pytorch_traces() -> None:
+    tracing = torch._C._autograd._saved_tensors_hooks_set_tracing
+    with torch.autograd.graph.save_on_cpu():
+        before = tracing(True)
+        try:
+            assert hooks_forbid()
+        finally:
+            tracing(before)
+    with torch.autograd.graph.saved_tensors_hooks(len, lambda t: t):  # a builtin function belongs to no library
+        assert not hooks_forbid()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_whole_numbers_are_rounded_to_the_products_dtype_first(dtype: torch.dtype) -> None:
+    whole = torch.tensor([257, 258, 0, 1, 4099, -513, 2, 3])  # not all of them are numbers of bf16 or fp16
+    for product in (whole * (leaf(dtype=dtype) * leaf(dtype=dtype)), (leaf(dtype=dtype) * leaf(dtype=dtype)) * (whole > 1)):
+        recipe = recipe_of(product)
+        assert recipe is not None and all(f.is_floating_point() for f, _ in recipe.factors())
+        everything = Layout.of(torch.arange(8, dtype=torch.int32), (1, 8))
+        assert torch.equal(gathered(recipe, everything).reshape(product.shape), product.detach())
+
+
 @pytest.mark.parametrize("change", ["gone", "other arguments"])
 def test_where_hooks_cannot_be_seen_none_is_trusted(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     if change == "gone":

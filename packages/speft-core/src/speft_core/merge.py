@@ -263,10 +263,9 @@ def subtract(merged: SparseAdapter, part: SparseAdapter) -> SparseAdapter:
         if taken is None:
             deltas[name] = delta
             continue
-        indices_U, stack = stack_deltas(name, [delta, taken], [1.0, -1.0])
+        indices_U, stack = stack_deltas(name, [delta, taken], [1.0, 1.0])
         values_U = stack.values_AU[0] - stack.values_AU[1]
-        kept_U = stack.present_AU[0] | (values_U != 0)
-        kept_U &= ~(stack.present_AU[1] & (values_U == 0))
+        kept_U = ~(stack.present_AU[1] & (values_U == 0))
         if bool(kept_U.any()):
             deltas[name] = SparseDelta(indices_U[kept_U], values_U[kept_U].to(delta.values_K.dtype), delta.shape)
     for name in part.deltas.keys() - merged.deltas.keys():

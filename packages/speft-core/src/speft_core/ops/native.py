@@ -157,7 +157,7 @@ class Pattern:
 
     def __init__(self, layout: Layout, columns_C: torch.Tensor, inputs: int) -> None:
         kept = (layout.rows_R, layout.first_R, columns_C, layout.col_of_K)
-        self._tensors = [t.to("cpu", torch.int32).contiguous() for t in kept]
+        self._tensors = [t.to(torch.int32).contiguous() for t in kept]
         counts = (layout.rows_R.numel(), columns_C.numel(), layout.nnz, layout.shape[0], inputs)
         self.struct = _Layout(*counts, *(t.data_ptr() for t in self._tensors))
         self.reference = ctypes.byref(self.struct)

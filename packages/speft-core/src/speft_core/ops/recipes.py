@@ -55,8 +55,8 @@ def hooks_forbid() -> bool:
         return True
     if hooks is None:
         return False
-    module = getattr(hooks[0], "__module__", None) or type(hooks[0]).__module__
-    return module.split(".")[0] in _LIBRARIES
+    module = getattr(hooks[0], "__module__", None)  # None of a builtin function
+    return str(module).split(".")[0] in _LIBRARIES
 
 
 def sharded(weight: torch.Tensor) -> bool:
