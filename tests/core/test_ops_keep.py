@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from speft_core.ops import keep
+from speft_core.ops.functions import SparseLinear
 from speft_core.ops.keep import Keeper, kept_columns
 from speft_core.ops.layout import Layout
+from speft_core.ops.plans import PLANS
+from speft_core.ops.reference import weight_gradient_entries
 
 
 def layout_of(columns: list[int], width: int = 10) -> Layout:
@@ -85,3 +88,22 @@ def test_a_layer_that_joins_later_has_its_columns_kept_too() -> None:
         columns_U, key = keeper.columns()
         assert columns_U.tolist() == [0, 2, 5, 7] and key == ("union", 3)
         assert columns_U is first.columns()[0]
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_columns_kept_for_others_too_change_no_gradient(plan: str) -> None:
+    """One layer reads an input alone, then with a second, then with a third layer: each time other columns are kept."""
+    x, weight = torch.randn(6, 8), torch.randn(4, 8)
+    entries = {name: torch.tensor(places, dtype=torch.int32) for name, places in (("a", [3, 10, 13]), ("b", [0, 6]), ("c", [9, 17]))}
+    layouts = {name: Layout.of(indices_K, (4, 8)) for name, indices_K in entries.items()}
+    keepers = {name: Keeper(layout.cols_C) for name, layout in layouts.items()}
+    total, found = torch.zeros(()), []
+    for name in ("a", "b", "a", "c", "a"):
+        values_K, seed = torch.zeros(entries[name].numel(), requires_grad=True), torch.randn(6, 4)
+        y = SparseLinear.apply(x, weight, None, values_K, PLANS[plan], layouts[name], None, keepers[name])
+        total = total + (y * seed).sum()
+        found.append((name, values_K, seed))
+    total.backward()
+    for name, values_K, seed in found:
+        assert values_K.grad is not None
+        torch.testing.assert_close(values_K.grad, weight_gradient_entries(x, seed, entries[name]), rtol=1e-5, atol=1e-5)

@@ -61,7 +61,9 @@ def test_threads_do_not_share_buffers() -> None:
 def test_a_second_derivative_passes_through() -> None:
     grad_TO, weight_OI = operands(6, 5, 4, torch.bfloat16)
     grad_TO.requires_grad_()
-    grad_input(grad_TO, weight_OI).sum().backward()
+    grad_x_TI = grad_input(grad_TO, weight_OI)
+    assert torch.equal(grad_x_TI, grad_input(grad_TO, weight_OI + weight_OI.float() * 2**-10))  # an fp32 weight is rounded first
+    grad_x_TI.sum().backward()
     assert grad_TO.grad is not None
     assert torch.allclose(grad_TO.grad, weight_OI.sum(1).expand(6, 5), rtol=2**-6, atol=2**-6)
 
@@ -216,9 +218,32 @@ def test_no_more_than_a_tile_of_the_weight_and_of_the_tokens_is_widened(monkeypa
     asked: list[tuple[str, tuple[int, ...]]] = []
     scratch = matmul._scratch
     monkeypatch.setattr(matmul, "_scratch", lambda name, shape: (asked.append((name, tuple(shape))), scratch(name, shape))[1])
+
+    def shapes(name: str) -> list[tuple[int, ...]]:
+        return [shape for asked_name, shape in asked if asked_name == name]
+
     matmul.grad_input(torch.randn(3, 10).bfloat16(), torch.randn(10, 20).bfloat16())
-    assert {shape for name, shape in asked if name == "weight"} == {(10, 6), (10, 2)}
-    assert {shape for name, shape in asked if name == "grad"} == {(2, 10), (1, 10)}
+    assert shapes("weight") == [(10, 6)] * 3 + [(10, 2)]
+    assert shapes("grad") == [(2, 10), (1, 10)] * 4
+    assert shapes("product") == [(2, 6), (1, 6)] * 3 + [(2, 2), (1, 2)]
+    asked.clear()
+    matmul.grad_input(torch.randn(2, 1).bfloat16(), torch.randn(1, 64).bfloat16())
+    assert shapes("weight") == [(1, 64)]
+    asked.clear()
+    matmul.grad_input(torch.randn(2, 65).bfloat16(), torch.randn(65, 2).bfloat16())
+    assert shapes("weight") == [(65, 1)] * 2
+
+
+def test_a_buffer_is_kept_for_as_much_and_for_less() -> None:
+    places = [matmul._scratch("test", shape).data_ptr() for shape in ((4, 6), (6, 4), (2, 3), (4, 6))]
+    assert set(places) == {places[0]}
+    assert matmul._scratch("test", (5, 5)).shape == (5, 5)
+
+
+@pytest.mark.usefixtures("widening")
+def test_a_wide_weight_is_rounded_before_it_is_widened() -> None:
+    grad_TO, weight_OI = operands(20, 30, 40, torch.bfloat16)
+    assert torch.equal(grad_input(grad_TO, weight_OI), grad_input(grad_TO, weight_OI + weight_OI.float() * 2**-10))
 
 
 def test_on_another_device_the_product_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,50 @@ def test_any_number_of_threads_and_tokens(tokens: int, threads: int, dtype: torc
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_code_is_what_answers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(native, "sampled_entries", lambda *_: pytest.fail("the compiled code takes these"))
+    x_TI, grad_TO = torch.randn(20, 9).to(dtype), torch.randn(20, 7).to(dtype)
+    indices_K = torch.arange(0, 63, 4, dtype=torch.int32)
+    layout = Layout.of(indices_K[indices_K % 9 < 6], (7, 9))  # not all columns, so that the kept ones lie elsewhere
+    expected_K = weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K[indices_K % 9 < 6])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        kept_TC = x_TI[:, layout.cols_C.long()]
+        for inputs in (Inputs([(x_TI, dtype)]), Inputs([(kept_TC, dtype)], layout.cols_C, "own"), Inputs([(x_TI, dtype)])):
+            found_K = native.native_entries(inputs, grad_TO, layout)
+            assert found_K.dtype == torch.float32
+            assert (found_K - expected_K).norm() <= 1e-5 * expected_K.norm()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class _Watched:
+    """The library, and into how many parts each call was split."""
+
+    def __init__(self) -> None:
+        self.library, self.parts = native._load()[0], []
+        assert self.library is not None
+        self.speft_scratch = self.library.speft_scratch
+
+    def speft_entries(self, *given: Any) -> None:
+        self.parts.append(given[5])
+        assert self.library is not None
+        self.library.speft_entries(*given)
+
+
+@needs_compiler
+def test_each_thread_has_a_block_of_tokens_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, layout = _Watched(), Layout.of(torch.arange(5), (3, 4))
+    monkeypatch.setattr(native, "_load", lambda: (watched, ""))
+    for threads, tokens in ((1, 1000), (3, 1), (3, 64), (3, 65), (3, 128), (3, 129), (3, 1000), (3, 0)):
+        monkeypatch.setattr(native, "_threads", lambda threads=threads: threads)
+        native.native_entries(Inputs([(torch.ones(tokens, 4), torch.float32)]), torch.ones(tokens, 3), layout)
+    assert watched.parts == [1, 1, 1, 2, 2, 3, 3, 1]
+
+
+@needs_compiler
 def test_products_of_factors_are_rounded_where_they_were() -> None:
     hidden_TI, rsqrt_T1, weight_I = torch.randn(150, 30), torch.rand(150, 1), torch.randn(30).bfloat16()
     x_TI = weight_I * (hidden_TI * rsqrt_T1).bfloat16()

@@ -140,6 +140,55 @@ def test_even_sizes_as_on_a_gpu_change_no_entry(plan: str, shape: str, elements:
     assert relative(PLANS[plan].entries(kept, grad_TO, layout), expected_K) <= 1e-5
 
 
+def test_tiles_are_small_on_a_cpu_and_alike_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, elements, rows in (("cpu", 64, 1), ("cuda", 1024, 4)):
+        monkeypatch.setitem(blocks.TILE_ELEMENTS, kind, elements)
+        monkeypatch.setitem(blocks.TILE_ROWS, kind, rows)
+    assert [blocks._step(9, columns, "cpu") for columns in (0, 1, 8, 64, 1000)] == [64, 64, 8, 1, 1]
+    assert [blocks._step(rows, 10, "cuda") for rows in (50, 102, 103, 290, 300)] == [102, 102, 52, 100, 100]
+
+
+def test_all_are_taken_where_a_gather_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted_N = torch.tensor([0, 2, 3], dtype=torch.int32)
+    some, every = cut.Cut.of(wanted_N, 4, 1.0), cut.Cut.of(wanted_N, 4, 0.75)
+    assert some.picks_P is not None and some.picks_P.tolist() == [0, 2, 3] and some.size == 3
+    assert some.places_N.tolist() == [0, 1, 2] and some.places_N.dtype == torch.int32
+    assert every.picks_P is None and every.size == 4 and every.places_N is wanted_N
+    assert [cut.kind_of(torch.empty(1, device=device)) for device in ("cpu", "meta")] == ["cpu", "cuda"]
+    assert cut.Cut.of(wanted_N.to("meta"), 400, 1.0).places_N.device.type == "meta"
+    monkeypatch.setitem(cut.EVEN, "cpu", 4)  # from here on as on a GPU
+    wanted_N = torch.arange(5) * 2
+    some, every = cut.Cut.of(wanted_N, 12, 0.5), cut.Cut.of(wanted_N, 16, 0.5)
+    assert some.picks_P is not None and some.picks_P.tolist() == [0, 2, 4, 6, 8, 8, 8, 8] and some.size == 8
+    assert some.places_N.tolist() == [0, 1, 2, 3, 4]
+    assert every.picks_P is None and every.size == 16
+
+
+@pytest.mark.parametrize("shape", ["plain", "empty"])
+@pytest.mark.parametrize("plan", ["compact", "dense"])
+def test_entries_lie_where_the_gradient_does(plan: str, shape: str) -> None:
+    x, weight, grad_y, indices_K = case(shape, torch.bfloat16)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1])).to(torch.device("meta"))
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]).to("meta"), grad_y.reshape(-1, grad_y.shape[-1]).to("meta")
+    for inputs in (whole(x_TI), Inputs([(x_TI[:, : layout.cols_C.numel()], torch.bfloat16)], layout.cols_C, "own")):
+        found_K = PLANS[plan].entries(inputs, grad_TO, layout)
+        assert (found_K.device.type, found_K.dtype, found_K.numel()) == ("meta", torch.float32, indices_K.numel())
+        assert inputs.places(layout).device.type == "meta"
+
+
+def test_one_layout_serves_gradients_of_two_dtypes() -> None:
+    x, weight, grad_y, indices_K = case("odd_sizes", torch.float64)
+    layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    expected_K = weight_gradient_entries(x, grad_y, indices_K)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        found_K = PLANS["sampled"].entries(whole(x_TI.to(dtype)), grad_TO.to(dtype), layout)
+        assert found_K.dtype == dtype and relative(found_K, expected_K) <= TOLERANCE[dtype]
+        pattern = layout.derived(("csr", dtype), lambda: pytest.fail("the pattern is remembered"))
+        assert pattern.crow_indices().dtype == pattern.col_indices().dtype == layout.cols_C.dtype
+        assert pattern.shape == (layout.rows_R.numel(), layout.cols_C.numel())
+
+
 def test_an_unknown_plan_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"auto or one of compact, .*got 'fast'"):
         plan_named("fast", Layout.of(torch.tensor([1]), (2, 2)), torch.zeros(2, 2))

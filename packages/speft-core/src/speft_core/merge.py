@@ -91,7 +91,7 @@ def check_same_base(sources: Sequence[Source], names: Sequence[str]) -> None:
     Shapes of shared tensors and the hashes of a sample of the base (see fingerprint.py) decide; where no tensor is shared,
     the names of the base models must agree.
     """
-    first, proven = sources[0], False
+    first = sources[0]
     for source, name in zip(sources[1:], names[1:], strict=True):
         proven = False
         for tensor in (t for t in source.deltas if t in first.deltas):

@@ -170,8 +170,6 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
     if library is None or grad_TO.dtype not in DTYPES or any(f.dtype not in DTYPES for f, _ in inputs.factors):
         return sampled_entries(inputs, grad_TO, layout)
     out_K = torch.empty(layout.nnz, dtype=torch.float32)
-    if layout.nnz == 0 or tokens == 0:
-        return out_K.zero_()
     width = inputs.factors[0][0].shape[1]
     pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
     parts = max(1, min(_threads(), -(-tokens // TOKENS)))
