@@ -107,3 +107,13 @@ def test_columns_kept_for_others_too_change_no_gradient(plan: str) -> None:
     for name, values_K, seed in found:
         assert values_K.grad is not None
         torch.testing.assert_close(values_K.grad, weight_gradient_entries(x, seed, entries[name]), rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_columns_are_kept_as_the_product_read_them() -> None:
+    x, weight, values_K = torch.randn(6, 8), torch.randn(4, 8), torch.zeros(3, requires_grad=True)
+    layout, saved = Layout.of(torch.tensor([3, 10, 13]), (4, 8)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        y = SparseLinear.apply(x, weight, None, values_K, PLANS["compact"], layout)
+    assert y.dtype == torch.bfloat16
+    assert [t.dtype for t in saved if t.shape == (6, 3)] == [torch.bfloat16]
+    assert [t.dtype for t in saved if t.shape == weight.shape] == [torch.float32]  # the weight itself, no copy
