@@ -102,3 +102,10 @@ def test_a_gpu_takes_all_rows_or_columns_where_nearly_all_are_touched() -> None:
     assert few["compact"] == {"product": 70, "gather": 71}
     odd = cost.work(Layout.of(torch.arange(99) * 50, (101, 50)), torch.empty(101, 50, device="meta"))
     assert odd["compact"] == {"product": 99, "gather": 100}  # 101 numbers side by side are gathered anew in any case
+
+
+def test_on_a_gpu_most_columns_are_taken_whole_as_most_rows_are() -> None:
+    for count, product, gathered in ((32, 40, 0), (31, 31, 31)):  # from four fifths on, that one too
+        parts = cost.work(Layout.of(torch.arange(count), (8, 40)), torch.empty(8, 40, device="meta"))
+        assert parts["compact"] == {"product": product, "gather": gathered + 1}
+        assert parts["dense"] == {"product": 8 * product, "gather": gathered}

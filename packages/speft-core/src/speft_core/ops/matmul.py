@@ -54,7 +54,7 @@ def wider_is_faster(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN's fp32 product beats MKL's, which PyTorch takes: on AMD's CPUs with AVX-512, by a tenth to an eighth.
+    """Whether oneDNN's fp32 product beats MKL's, which PyTorch takes: on AMD's CPUs with AVX-512, by 4 to 9 %.
 
     MKL keeps to AVX2 there (measured on Zen 4; `python benchmarks/products.py`). The operator is the one that inductor calls.
     """
