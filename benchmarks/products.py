@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from report import machine
 
-from speft_core.ops.matmul import onednn_is_faster, onednn_product, wider_is_faster
+from speft_core.ops.matmul import has_onednn, onednn_is_faster, onednn_product, wider_is_faster
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
 
@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
+    if not has_onednn():
+        parser.error("this PyTorch is built without oneDNN, so there is nothing to choose between")
     torch.set_num_threads(asked.threads)
     print(machine(asked.threads))
     print(f"chosen here: in bf16 {'fp32, rounded' if wider_is_faster(torch.bfloat16) else 'bf16'}, in fp32 ", end="")

@@ -52,15 +52,18 @@ def wider_is_faster(dtype: torch.dtype) -> bool:
     return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
+def has_onednn() -> bool:
+    """Whether this PyTorch has oneDNN's product as an operator, the one that inductor calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether oneDNN's fp32 product beats MKL's, which PyTorch takes: on AMD's CPUs with AVX-512, by 4 to 9 %.
 
-    MKL keeps to AVX2 there (measured on Zen 4; `python benchmarks/products.py`). The operator is the one that inductor calls.
+    Measured on Zen 4 (`python benchmarks/products.py`).
     """
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not (has_onednn() and torch.backends.mkl.is_available() and hasattr(torch.cpu, "get_capabilities")):
         return False
     found = torch.cpu.get_capabilities()
     return "AMD" in str(found.get("cpu_name")) and bool(found.get("avx512_f"))
@@ -101,7 +104,7 @@ def _takes_onednn(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> bool:
 
 
 def onednn_product(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """grad_TO @ weight_OI by oneDNN, both fp32 on the CPU."""
+    """grad_TO @ weight_OI by oneDNN: [T, O] and [O, I], fp32 on the CPU, any strides; without a derivative. Needs `has_onednn`."""
     product_TI: torch.Tensor = torch.ops.mkldnn._linear_pointwise(grad_TO, weight_OI.t(), None, "none", [], "")
     return product_TI
 
