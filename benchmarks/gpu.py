@@ -236,7 +236,7 @@ def main() -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     where = torch.cuda.get_device_name() if asked.device.startswith("cuda") else "CPU"
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items()}
-    facts = {"device": where, **versions, "parameters": sum(p.numel() for p in bench.model.parameters()), **settings}
+    facts = {"gpu": where, **versions, "parameters": sum(p.numel() for p in bench.model.parameters()), **settings}
     print(json.dumps(facts), json.dumps(bench.notes), sep="\n")
     if asked.json:
         atomic_write(asked.json, json.dumps({"facts": facts, "notes": bench.notes, "rows": rows}, indent=1))

@@ -16,7 +16,7 @@ from speft_core import UserError
 from speft_train.config import RunConfig, from_mapping
 from speft_train.data.collate import Collator
 from speft_train.data.tokens import TokenDataset
-from speft_train.evaluate import generate_exact_match, generate_greedy, held_out_loss
+from speft_train.evaluate import batches, generate_exact_match, generate_greedy, held_out_loss
 from speft_train.evaluate.generate import end_ids
 from speft_train.evaluate.numbers import last_number, normal, reference_number, strict_number
 
@@ -211,6 +211,36 @@ def test_held_out_loss_is_the_mean_over_learnt_tokens_whatever_the_batches(trim:
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert model.training
+
+
+@given(lengths=st.lists(st.integers(0, 50), max_size=40), batch_size=st.integers(1, 9), limit=st.integers(1, 4000))
+def test_batches_hold_every_example_once_and_no_more_logits_than_there_is_room_for(
+    lengths: list[int], batch_size: int, limit: int
+) -> None:
+    model = pico.llama(vocab_size=11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "LOGITS", limit)
+        found = list(batches.batches(model, lengths, batch_size))
+    assert sorted(place for places in found for place in places) == list(range(len(lengths)))
+    assert all(len(places) <= batch_size for places in found)
+    padded = [len(places) * max(lengths[place] for place in places) for places in found]
+    assert all(len(places) == 1 or tokens * 11 <= limit for places, tokens in zip(found, padded, strict=True))
+    rest = [lengths[place] for places in found for place in places]
+    assert rest == sorted(lengths, reverse=True)
+    for places, tokens in zip(found[:-1], padded, strict=False):  # no smaller than need be
+        assert len(places) == batch_size or (tokens + tokens // len(places)) * 11 > limit
+
+
+def test_a_loss_over_many_logits_is_that_of_one_example_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.llama()
+    dataset = TokenDataset([list(range(3, 3 + n)) for n in (5, 9, 2, 7)], [[True] * n for n in (5, 9, 2, 7)])
+    whole = held_out_loss(model, dataset, Collator(0), 4, progress=False)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(len(kw["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr(batches, "LOGITS", 1)
+    split = held_out_loss(model, dataset, Collator(0), 4, progress=False)
+    assert seen == [1, 1, 1, 1] and split["tokens"] == whole["tokens"] == 19
+    assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
 def test_held_out_loss_of_nothing_is_not_a_number_and_says_so_by_its_count() -> None:

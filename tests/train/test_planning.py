@@ -143,6 +143,18 @@ def test_the_mask_of_stage_3_needs_shares_and_one_layer(side: dict[str, Planner]
     assert own.mask_peak(3, Setting(length=LENGTH)) == own.mask_peak(2, Setting(length=LENGTH))  # one rank has no shards
 
 
+def test_activation_checkpointing_leaves_a_mask_more_room_but_for_a_whole_block_in_shards(cfg: config.RunConfig) -> None:
+    cfg = replace(cfg, adapter=replace(cfg.adapter, calibration_batch_size=64))
+    plain = Planner(replace(cfg, train={**cfg.train, "activation_checkpointing": False}), "sparse", LENGTH)
+    again = Planner(replace(cfg, train={**cfg.train, "activation_checkpointing": True}), "sparse", LENGTH)
+    four = Setting(gpus=4, length=LENGTH)
+    saved = plain.mask_peak(2, four) - again.mask_peak(2, four)
+    assert saved == plain.step(64, scores=True).peak - again.step(64, scores=True).peak > 0
+    block = models.meta_model(cfg).model.layers[0]
+    assert again.block == sum(p.numel() for p in block.parameters()) * again.size
+    assert plain.mask_peak(3, four) - again.mask_peak(3, four) == saved - again.block
+
+
 def test_the_dry_run_counts_as_the_plan_does(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
     planner = side["sparse"]
     counted = dict(plan.memory_rows(cfg, models.meta_model(cfg), planner.k, planner.pool, 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,20 +81,42 @@ def _read_by(module: nn.Module) -> list[Any]:
     return [p for m in owners for p in m._parameters.values() if p is not None and is_partitioned(p)]
 
 
+Recompute = Callable[[], AbstractContextManager[None]]
+
+
 @contextmanager
-def gathering(model: nn.Module, start: Callable[[], None] | None = None) -> Iterator[None]:
+def gathering(model: nn.Module, start: Callable[[], None] | None = None) -> Iterator[Recompute]:
     """Within it each module's partitioned parameters are whole while its forward runs, and again while its backward does.
 
     Between the two nothing whole is kept: what autograd saves of a gathered weight is gathered anew. The weights must not
     require gradients. A module that reads another one's parameters fails, for those are empty then. start: called before the
-    first gathering of each forward.
+    first gathering of each forward. Yields a context for a checkpointed layer's second forward: what it gathers stays whole
+    until the next one begins, for torch keeps the parameters themselves until the layer's backward is through.
     """
     readers = [(module, parameters) for module in model.modules() if (parameters := _read_by(module))]
     users: Counter[Any] = Counter()
     held: dict[int, Any] = {}  # storage of a gathered weight -> the parameter
     opening: list[nn.Module] = []  # the module that every forward starts with
+    late: list[Any] = []  # gathered by a second forward
+    again = False
+
+    def release() -> None:
+        while late:
+            late.pop().partition()
+
+    @contextmanager
+    def recompute() -> Iterator[None]:
+        nonlocal again
+        release()
+        again = True
+        try:
+            yield
+        finally:
+            again = False
 
     def enter(module: nn.Module, parameters: list[Any]) -> None:
+        if late and not again:
+            release()
         if not opening:
             opening.append(module)
         if start is not None and module is opening[0]:
@@ -109,7 +131,7 @@ def gathering(model: nn.Module, start: Callable[[], None] | None = None) -> Iter
         for parameter in parameters:
             users[parameter] = max(0, users[parameter] - 1)  # `start` may have ended the forward before it was counted
             if not users[parameter] and held.pop(parameter.data.untyped_storage().data_ptr(), None) is not None:
-                parameter.partition()
+                late.append(parameter) if again else parameter.partition()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor | _Saved:
         parameter = held.get(tensor.untyped_storage().data_ptr()) if held and tensor.layout == torch.strided else None
@@ -123,10 +145,11 @@ def gathering(model: nn.Module, start: Callable[[], None] | None = None) -> Iter
         hooks.append(module.register_forward_hook(lambda _m, _x, _y, p=parameters: leave(p), always_call=True))
     try:
         if not readers:
-            yield
+            yield nullcontext
             return
         with torch.autograd.graph.saved_tensors_hooks(keep, _restored):
-            yield
+            yield recompute
     finally:
+        release()
         for hook in hooks:
             hook.remove()

@@ -128,7 +128,7 @@ class EvaluateConfig:
     base: bool = key(True, "evaluate the model before training too")
     generation: bool = key(True, "generate answers and score them by exact match")
     loss: bool = key(True, "mean loss per answer token on the test data")
-    batch_size: int = key(32, "prompts generated at once", minimum=1)
+    batch_size: int = key(32, "prompts generated at once, and examples of a loss: fewer where their logits are many", minimum=1)
     max_new_tokens: int = key(256, "longest generated answer in tokens", minimum=1)
     limit: int | None = key(None, "number of test rows that are evaluated, the first ones", minimum=1)
     examples: int = key(5, "generated answers shown in the report", minimum=0)

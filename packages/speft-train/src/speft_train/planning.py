@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from speft_core.errors import UserError
 from speft_core.targets import base_parameters, resolve_targets
@@ -68,6 +69,8 @@ class Planner:
         self.k = methods.trained_count(model, self.cfg, names)
         self.size = model.dtype.itemsize
         self.largest_target = max(parameters[n].numel() for n in names)
+        blocks = (block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m)
+        self.block = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0) * self.size
         rank = methods_peft.lora_rank(model, self.cfg.adapter) if method == "lora" else 0
         self.what = simulate.Trained(density=self.k / self.pool, rank=rank)
         self.layers = int(getattr(model.config, "num_hidden_layers", 0))
@@ -127,12 +130,14 @@ class Planner:
     def mask_peak(self, stage: int, setting: Setting) -> int:
         """Bytes on each GPU while the mask is found: weights, sums, and a step of the calibration batch; or 0.
 
-        At stage 3 shares of the first two, and one layer: its weight, its gradient, and all ranks' parts of this GPU's share.
+        At stage 3 shares of the first two, and one layer: its weight, its gradient, and all ranks' parts of this GPU's share. With
+        activation checkpointing a whole block's weights stay until its backward is through.
         """
         sums, shards = self.accumulators(stage, setting), setting.gpus if stage == 3 else 1
         if not accumulators(self.cfg.adapter, self.pool):
             return 0
         layer = (self.size + 2 * VALUE) * self.largest_target if shards > 1 else 0
+        layer += self.block if shards > 1 and self.cfg.train.get("activation_checkpointing") else 0
         return self.weights // shards + sums + layer + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
 
     def largest(self, stage: int, setting: Setting) -> int:

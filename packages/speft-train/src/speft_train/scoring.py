@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +31,42 @@ def score(run: Run, peers: Peers | None = None) -> sc.SparsityMask:
     """The mask of the config's metric and budget; with `peers` the ranks share the pass and rank 0 has the mask."""
     section = run.cfg.adapter
     metric = metric_of(run.cfg, run.model, run.ranks.world)
-    return sc.find_mask(
-        run.model,
-        calibration(run, section.calibration_examples) if metric.needs_gradient else (),
-        metric=metric,
-        budget=budget_of(section),
-        targets=section.targets,
-        scope=section.scope,
-        loss_fn=loss_of(run),
-        seed=run.cfg.seed,
-        memory_limit=bytes_of(section.memory_limit),
-        random_mode=section.random_mode,
-        peers=peers,
-        **options_of(section, metric),
-    )
+    with _checkpointing(run):
+        return sc.find_mask(
+            run.model,
+            calibration(run, section.calibration_examples) if metric.needs_gradient else (),
+            metric=metric,
+            budget=budget_of(section),
+            targets=section.targets,
+            scope=section.scope,
+            loss_fn=loss_of(run),
+            seed=run.cfg.seed,
+            memory_limit=bytes_of(section.memory_limit),
+            random_mode=section.random_mode,
+            peers=peers,
+            **options_of(section, metric),
+        )
+
+
+@contextmanager
+def _checkpointing(run: Run) -> Iterator[None]:
+    """Activation checkpointing as in training, which turns it on too late for the pass."""
+    model = run.model
+    if not run.cfg.train.get("activation_checkpointing") or not model.supports_gradient_checkpointing:
+        yield
+        return
+    switch(model, True)
+    try:
+        yield
+    finally:
+        switch(model, False)
+
+
+def switch(model: Any, on: bool) -> None:
+    """Turn activation checkpointing on (the kind that frozen embeddings allow) or off, by the name that this transformers has."""
+    word = "enable" if on else "disable"
+    change = getattr(model, f"activation_checkpointing_{word}", None) or getattr(model, f"gradient_checkpointing_{word}")
+    change({"use_reentrant": False}) if on else change()
 
 
 def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:

@@ -90,7 +90,7 @@ class Live(TorchDispatchMode):
 class Trained:
     """What the method trains: a share of each target (sparse), matrices of a rank (LoRA).
 
-    scores: the step is one of the saliency pass, which keeps the targets' inputs and checkpoints no activations.
+    scores: the step is one of the saliency pass, which keeps the targets' inputs.
     """
 
     density: float = 0.0
@@ -140,7 +140,7 @@ def _empty_model(cfg: RunConfig, layers: int | None) -> Any:
 def _adapt(model: Any, cfg: RunConfig, what: Trained) -> None:
     """What the method trains, as far as memory is concerned."""
     section = cfg.adapter
-    if cfg.train.get("activation_checkpointing") and not what.scores:
+    if cfg.train.get("activation_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     model.requires_grad_(section.method == "full")
     if section.method in methods_peft.KINDS:

@@ -43,6 +43,7 @@ def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )
+    fields.setdefault("per_device_eval_batch_size", per_device)  # what trains fits; eight long examples of a 7B model may not
     fields.setdefault("use_cpu", not torch.cuda.is_available())
     if fields["use_cpu"]:
         fields.setdefault("dataloader_pin_memory", False)

@@ -29,7 +29,7 @@ def sampled_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> to
         parts = (layout.first_R.to(grad_TO.device, layout.col_of_K.dtype), layout.col_of_K)
         zeros_K = torch.zeros(layout.nnz, dtype=wide, device=grad_TO.device)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)", UserWarning)
             return torch.sparse_csr_tensor(*parts, zeros_K, size=shape, check_invariants=False)
 
     grad_RT = grad_TO.T.index_select(0, layout.rows_R).to(wide)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from ..errors import UserError
 from ..ops.functions import Tap
 from ..ops.matmul import grad_input
-from ..partitioned import gathering
+from ..partitioned import Recompute, gathering
 from ..slots import AttachedForward
 from ..targets import base_parameters, owners_of
 from .sums import Accumulator
@@ -194,9 +194,9 @@ def _anchor(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[Recompute]:
     """No parameter requires grad while open and dropout is off; an attached tuner's forwards are out of the way. A partitioned
-    weight is whole while its own layer computes.
+    weight is whole while its own layer computes; yields the context for a layer's second forward.
 
     The weights then hold base + values, so what is scored is the model as it has become.
     """
@@ -212,8 +212,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter in required:
             parameter.requires_grad_(False)
-        with gathering(model):
-            yield
+        with gathering(model) as recompute:
+            yield recompute
     finally:
         for forward in attached.values():
             forward.install()

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..targets import base_parameters, owners_of, parameter_shape
 from .accumulate import Examples, Rule, accumulating, frozen, is_batched, is_conv1d
 from .calibration import Batch, Calibration, batch_size, sequence_length, shares_of_examples
+from .recompute import recomputing
 from .sums import Accumulator, wide_dtype
 
 Statistics = dict[str, torch.Tensor]
@@ -48,7 +49,12 @@ def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
     """
     sums = run.accumulators(names)
     run.calibration.shared = _combined(sums)
-    with frozen(run.model), accumulating(run.model, sums, Rule(), run.all_names), torch.enable_grad():
+    with (
+        frozen(run.model) as again,
+        recomputing(run.model, again),
+        accumulating(run.model, sums, Rule(), run.all_names),
+        torch.enable_grad(),
+    ):
         for number, batch, size in run.calibration:
             loss = run.calibration.loss(number, batch).mean()
             # The product is exact for all batches as large as the first.
@@ -69,7 +75,7 @@ def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tens
     batch of its own.
     """
     sums = run.accumulators(names)
-    with frozen(run.model):
+    with frozen(run.model) as again, recomputing(run.model, again):
         batched = is_batched(run.model, names)
         at_once, alone = [n for n in names if batched[n]], [n for n in names if not batched[n]]
         if alone and run.calibration.together:

@@ -18,6 +18,7 @@ from ..config import RunConfig
 from ..data.collate import Collator
 from ..data.templates import choice_pieces, right_choice
 from ..data.tokens import IGNORED, encode
+from .batches import batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,13 +76,12 @@ def _log_likelihoods(
     """The sum over the labelled tokens of each example, in the order given."""
     assert isinstance(tokenizer.pad_token_id, int)
     collate = Collator(tokenizer.pad_token_id)
-    order = sorted(range(len(examples)), key=lambda place: -len(examples[place]["input_ids"]))
     found = [0.0] * len(examples)
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc="choosing", unit=" batches", disable=not progress):
-            places = order[start : start + batch_size]
+        lengths = [len(example["input_ids"]) for example in examples]
+        for places in tqdm(list(batches(model, lengths, batch_size)), desc="choosing", unit=" batches", disable=not progress):
             batch = {key: value.to(device) for key, value in collate([examples[p] for p in places]).items()}
             logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             labels_BT = batch["labels"][:, 1:]

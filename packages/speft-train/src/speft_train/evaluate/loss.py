@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..data.collate import Collator
 from ..data.tokens import IGNORED, TokenDataset
+from .batches import batches
 
 
 def held_out_loss(
@@ -25,25 +26,18 @@ def held_out_loss(
     stands.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    lengths = dataset.lengths
-    order = sorted(range(count), key=lambda place: (-lengths[place], place))
     device = next(model.parameters()).device
     training = model.training
     total, tokens = 0.0, 0
     model.eval()
     try:
-        with (
-            torch.no_grad(),
-            tqdm(total=count, desc=description, unit=" examples", disable=None if progress else True) as bar,
-        ):
-            for start in range(0, count, batch_size):
-                places = order[start : start + batch_size]
+        with torch.no_grad(), tqdm(total=count, desc=description, unit=" examples", disable=None if progress else True) as bar:
+            for places in batches(model, dataset.lengths[:count], batch_size):
                 batch = collate([dataset[place] for place in places])
                 learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
                 if learnt:
                     inputs = {
-                        key: value.to(device) if isinstance(value, torch.Tensor) else value
-                        for key, value in batch.items()
+                        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
                     }
                     total += float(model(**inputs, use_cache=False).loss) * learnt
                     tokens += learnt
