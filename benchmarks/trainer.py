@@ -3,10 +3,11 @@
     python benchmarks/trainer.py --data DATA/alpaca_en_demo/train.jsonl            configs/qwen2_7b_alpaca.yaml, 20 steps
     python benchmarks/trainer.py --layers 1 --narrow 16 --steps 3 --runs python    a look, on any machine
 
-The model has the published shape, random weights (written to --folder once, by layers and width) and SmolLM2's tokenizer.
-Each run is the command that a user gives, in a process of its own, with nothing changed but the model, the data and the
-number of steps. Seconds a step are the median over the steps after the second, from the run's own TensorBoard log; peaks and
-losses are those of its results.json. Weights are random: losses only show that something is learnt.
+The model has the published shape, random weights (written to --folder once) and SmolLM2's tokenizer.
+Each run is the command that a user gives, in a process of its own, with nothing changed but the model, the data, the number
+of steps and, for a smaller model, the budget. Seconds a step are the median over the steps after the second, from the run's
+own TensorBoard log; peaks and losses are those of its results.json. Weights are random: losses only show that something is
+learnt.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "packages" / "speft-train" / "run.py")
 ALONE = [sys.executable, RUN]
 LAUNCHED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", RUN]
+TARGETS = "[q_proj,k_proj,v_proj,o_proj]"
+LORA = ["adapter.method=lora", "adapter.lora.r=64", f"adapter.lora.targets={TARGETS}"]
 RUNS: dict[str, tuple[list[str], list[str]]] = {  # name -> how it is started, overrides
     "python": (ALONE, []),
     "zero2": (LAUNCHED, ["deepspeed.zero_stage=2"]),
     "zero3": (LAUNCHED, ["deepspeed.zero_stage=3"]),
-    "lora": (ALONE, ["adapter.method=lora", "adapter.lora.r=64", "adapter.lora.targets=[q_proj,k_proj,v_proj,o_proj]"]),
-    "lora-zero2": (
-        LAUNCHED,
-        ["deepspeed.zero_stage=2", "adapter.method=lora", "adapter.lora.r=64", "adapter.lora.targets=[q_proj,k_proj,v_proj,o_proj]"],
-    ),
-}  # fmt: skip
+    "lora": (ALONE, LORA),
+    "lora-zero2": (LAUNCHED, ["deepspeed.zero_stage=2", *LORA]),
+}
+SMALLER = ["adapter.budget.k=null", "adapter.budget.density=0.005", "adapter.budget.of=targets"]  # the config's k is that of 7B
 
 
 def write_model(folder: Path, name: str, layers: int | None, narrow: int, tokenizer: str) -> None:
@@ -45,9 +46,10 @@ def write_model(folder: Path, name: str, layers: int | None, narrow: int, tokeni
     import torch
     import transformers
 
+    from speft_core.files import atomic_folder
     from speft_train.architectures import KNOWN
 
-    if (folder / "config.json").is_file():
+    if folder.is_dir():
         return
     settings = dict(KNOWN[name])
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -57,10 +59,11 @@ def write_model(folder: Path, name: str, layers: int | None, narrow: int, tokeni
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    for file in Path(tokenizer).iterdir():
-        if "token" in file.name or file.name == "chat_template.jinja":
-            shutil.copyfile(file, folder / file.name)
+    with atomic_folder(folder, replace=False) as made:
+        model.save_pretrained(made, max_shard_size="5GB")
+        for file in Path(tokenizer).iterdir():
+            if "token" in file.name or file.name == "chat_template.jinja":
+                shutil.copyfile(file, made / file.name)
 
 
 def seconds_a_step(tensorboard: Path) -> float:
@@ -78,24 +81,15 @@ def run(name: str, asked: argparse.Namespace, model: Path) -> dict[str, Any]:
     start, overrides = RUNS[name]
     out = asked.folder / f"run-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    words = [
-        str(asked.config),
-        f"output_dir={out}",
-        f"model.name={model}",
-        f"train.max_steps={asked.steps}",
-        "train.logging_steps=1",
-    ]
-    words += ["train.save_strategy=no", "train.eval_strategy=no", "data.validation_from_train=0", *overrides]
+    words = [str(asked.config), f"output_dir={out}", f"model.name={model}", f"train.max_steps={asked.steps}", "train.logging_steps=1"]
+    words += ["train.save_strategy=no", "train.eval_strategy=no", "data.validation_from_train=0", "data.test_size=64"]
     if asked.data:
-        test = asked.data.with_name("test.jsonl")
-        words += [f"data.train={asked.data}", f"data.test={test}", "data.test_size=64"]
+        words += [f"data.train={asked.data}", f"data.test={asked.data.with_name('test.jsonl')}"]
     else:
-        words += [
-            "data.train=bundled:word-problems",
-            "data.template=question_answer",
-            "data.train_size=512",
-            "data.test_size=64",
-        ]
+        words += ["data.train=bundled:word-problems", "data.template=question_answer", "data.train_size=512"]
+    if asked.layers or asked.narrow > 1:
+        words += SMALLER
+    words += overrides
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     started = time.perf_counter()
     done = subprocess.run([*start, *words, *asked.set], env=environment, capture_output=True, text=True)
@@ -121,9 +115,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many layers")
     parser.add_argument("--narrow", type=int, default=1, help="divide the widths by this")
     parser.add_argument("--tokenizer", help="folder with a tokenizer's files; default: that of bundled:smollm2-135m")
-    parser.add_argument(
-        "--data", type=Path, help="rows of the config's template, with a test.jsonl beside; default: word problems"
-    )
+    parser.add_argument("--data", type=Path, help="rows of the config's template, with test.jsonl beside; default: word problems")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "trainer")
@@ -133,17 +125,15 @@ def main() -> None:
         from speft_train.bundled import folder
 
         asked.tokenizer = folder("bundled:smollm2-135m")
-    model = asked.folder / f"model-{asked.layers or 'all'}-{asked.narrow}"
+    model = asked.folder / f"{asked.model.rpartition('/')[2]}-{asked.layers or 'all'}-{asked.narrow}"
     write_model(model, asked.model, asked.layers, asked.narrow, asked.tokenizer)
     rows = [run(name, asked, model) for name in asked.runs]
     print(table(rows))
     import torch
 
-    print(
-        json.dumps(
-            {**machine(torch.get_num_threads()), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-        )
-    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    print(json.dumps({**machine(torch.get_num_threads()), "gpu": gpu}))
+    sys.exit(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -179,3 +179,41 @@ def test_masks_of_different_models_are_not_compared() -> None:
 )
 def test_short_names(names: list[str], short: list[str]) -> None:
     assert masks._short(names) == short
+
+
+def test_activation_checkpointing_reaches_the_pass_and_leaves_nothing_behind(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[bool]]] = []
+    watched_models: list[Any] = []
+    inner = sc.find_mask
+
+    def watched(base: Any, *args: Any, **kwargs: Any) -> sc.SparsityMask:
+        calls: list[int] = []
+        handle = base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        found = inner(base, *args, **kwargs)
+        handle.remove()
+        watched_models.append(base)
+        seen.append((len(calls), [bool(m._forward_hooks) for m in base.modules()]))
+        return found
+
+    monkeypatch.setattr(sc, "find_mask", watched)
+    section = {"budget": {"k": 300}, "calibration_examples": 6, "calibration_batch_size": 4}
+    found = []
+    for on in (False, True):
+        file = make_config(tmp_path / "a.yaml", model, tmp_path / "run", adapter=section, train={"activation_checkpointing": on})
+        masks.find(file, [], tmp_path / "mask.safetensors")
+        found.append(sc.SparsityMask.load(tmp_path / "mask.safetensors"))
+        (tmp_path / "mask.safetensors").unlink()
+    assert [calls for calls, _ in seen] == [2, 4] and not any(seen[1][1])  # two batches; each layer twice
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in watched_models[1].modules())
+    assert all(torch.equal(found[0].indices[name], found[1].indices[name]) for name in found[0].names) and found[1].nnz == 300
+
+
+def test_the_loss_during_training_is_evaluated_in_training_s_micro_batches(tmp_path: Path, model: Path) -> None:
+    from speft_train import training_args
+    from speft_train.ranks import Ranks
+
+    for given, expected in (({"per_device_train_batch_size": 2}, 2), ({"per_device_eval_batch_size": 5}, 5)):
+        file = make_config(tmp_path / "a.yaml", model, tmp_path / "run", train=given)
+        assert training_args.build(config.load_config(file), Ranks(), tmp_path).per_device_eval_batch_size == expected

@@ -50,23 +50,16 @@ def score(run: Run, peers: Peers | None = None) -> sc.SparsityMask:
 
 @contextmanager
 def _checkpointing(run: Run) -> Iterator[None]:
-    """Activation checkpointing as in training, which turns it on too late for the pass."""
-    model = run.model
-    if not run.cfg.train.get("activation_checkpointing") or not model.supports_gradient_checkpointing:
-        yield
-        return
-    switch(model, True)
+    """Layers recompute as in training, whose own switch comes too late for the pass and leaves a hook on the embeddings."""
+    wanted = bool(run.cfg.train.get("activation_checkpointing"))
+    before = [(m, m.gradient_checkpointing) for m in run.model.modules() if hasattr(m, "gradient_checkpointing")]
     try:
+        for module, was in before:
+            module.gradient_checkpointing = was or wanted
         yield
     finally:
-        switch(model, False)
-
-
-def switch(model: Any, on: bool) -> None:
-    """Turn activation checkpointing on (the kind that frozen embeddings allow) or off, by the name that this transformers has."""
-    word = "enable" if on else "disable"
-    change = getattr(model, f"activation_checkpointing_{word}", None) or getattr(model, f"gradient_checkpointing_{word}")
-    change({"use_reentrant": False}) if on else change()
+        for module, was in before:
+            module.gradient_checkpointing = was
 
 
 def score_together(run: Run, finish: Callable[[sc.SparsityMask], int]) -> int:
