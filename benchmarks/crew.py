@@ -69,13 +69,15 @@ def crew(specs: dict[str, dict[str, Any]], environment: dict[str, str] | None = 
 
 
 def interleaved(made: Crew, names: Sequence[str], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Step times of each worker: every round asks all, forwards and backwards in turn, so that drift falls on all alike."""
+    """Step times of each worker: every round asks all, forwards and backwards in turn, so that drift falls on all alike. An untimed
+    step comes first, as in training: a worker that waited has lost caches and pages."""
     for name in names:
         for _ in range(warmup):
             made.ask(name, "step")
     times: dict[str, list[float]] = {n: [] for n in names}
     for number in range(rounds):
         for name in names if number % 2 == 0 else list(reversed(names)):
+            made.ask(name, "step")
             times[name].append(made.ask(name, "step"))
     return times
 

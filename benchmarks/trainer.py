@@ -5,9 +5,9 @@
 
 The model has the published shape, random weights (written to --folder once) and SmolLM2's tokenizer.
 Each run is the command that a user gives, in a process of its own, with nothing changed but the model, the data, the number
-of steps and, for a smaller model, the budget. Seconds a step are the median over the steps after the second, from the run's
-own TensorBoard log; peaks and losses are those of its results.json. Weights are random: losses only show that something is
-learnt.
+of steps and, for a smaller model, LoRA's rank (over the same divisor) and as large a k. Seconds a step are the median over
+the steps after the second, from the run's own TensorBoard log; peaks and losses are those of its results.json. Weights are
+random: losses only show that something is learnt.
 """
 
 from __future__ import annotations
@@ -29,33 +29,51 @@ ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "packages" / "speft-train" / "run.py")
 ALONE = [sys.executable, RUN]
 LAUNCHED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", RUN]
-TARGETS = "[q_proj,k_proj,v_proj,o_proj]"
-LORA = ["adapter.method=lora", "adapter.lora.r=64", f"adapter.lora.targets={TARGETS}"]
+TARGETS, RANK = ("q_proj", "k_proj", "v_proj", "o_proj"), 64
+LORA = ["adapter.method=lora", f"adapter.lora.r={RANK}", f"adapter.lora.targets=[{','.join(TARGETS)}]"]
 RUNS: dict[str, tuple[list[str], list[str]]] = {  # name -> how it is started, overrides
     "python": (ALONE, []),
     "zero2": (LAUNCHED, ["deepspeed.zero_stage=2"]),
     "zero3": (LAUNCHED, ["deepspeed.zero_stage=3"]),
     "lora": (ALONE, LORA),
     "lora-zero2": (LAUNCHED, ["deepspeed.zero_stage=2", *LORA]),
+    "lora-zero3": (LAUNCHED, ["deepspeed.zero_stage=3", *LORA]),
 }
-SMALLER = ["adapter.budget.k=null", "adapter.budget.density=0.005", "adapter.budget.of=targets"]  # the config's k is that of 7B
 
 
-def write_model(folder: Path, name: str, layers: int | None, narrow: int, tokenizer: str) -> None:
-    """A checkpoint of that shape with random bf16 weights, and the tokenizer's files beside it; not made twice."""
-    import torch
+def shape(name: str, layers: int | None, narrow: int) -> Any:
+    """The published configuration, with fewer layers and narrower where asked."""
     import transformers
 
-    from speft_core.files import atomic_folder
     from speft_train.architectures import KNOWN
 
-    if folder.is_dir():
-        return
     settings = dict(KNOWN[name])
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.num_hidden_layers = layers or config.num_hidden_layers
     config.layer_types = config.layer_types[: config.num_hidden_layers]
     config.hidden_size, config.intermediate_size = config.hidden_size // narrow, config.intermediate_size // narrow
+    return config
+
+
+def lora_size(config: Any, rank: int) -> int:
+    """What LoRA of that rank trains on TARGETS."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(rank * sum(m.weight.shape) for name, m in model.named_modules() if name.rpartition(".")[2] in TARGETS)
+
+
+def write_model(folder: Path, config: Any, tokenizer: str) -> None:
+    """A checkpoint of that shape with random bf16 weights, and the tokenizer's files beside it; not made twice."""
+    import torch
+    import transformers
+
+    from speft_core.files import atomic_folder
+
+    if folder.is_dir():
+        return
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -87,9 +105,10 @@ def run(name: str, asked: argparse.Namespace, model: Path) -> dict[str, Any]:
         words += [f"data.train={asked.data}", f"data.test={asked.data.with_name('test.jsonl')}"]
     else:
         words += ["data.train=bundled:word-problems", "data.template=question_answer", "data.train_size=512"]
-    if asked.layers or asked.narrow > 1:
-        words += SMALLER
     words += overrides
+    if asked.layers or asked.narrow > 1:  # the config's rank and k are those of the whole model
+        rank = max(RANK // asked.narrow, 1)
+        words += [f"adapter.budget.k={lora_size(shape(asked.model, asked.layers, asked.narrow), rank)}", f"adapter.lora.r={rank}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     started = time.perf_counter()
     done = subprocess.run([*start, *words, *asked.set], env=environment, capture_output=True, text=True)
@@ -126,7 +145,7 @@ def main() -> None:
 
         asked.tokenizer = folder("bundled:smollm2-135m")
     model = asked.folder / f"{asked.model.rpartition('/')[2]}-{asked.layers or 'all'}-{asked.narrow}"
-    write_model(model, asked.model, asked.layers, asked.narrow, asked.tokenizer)
+    write_model(model, shape(asked.model, asked.layers, asked.narrow), asked.tokenizer)
     rows = [run(name, asked, model) for name in asked.runs]
     print(table(rows))
     import torch

@@ -161,7 +161,7 @@ def test_a_bank_answers_each_row_by_its_adapter_on_a_gpu() -> None:
     assert same_bits(bits(model), before)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_trains_as_eager_does_on_a_gpu(dtype: torch.dtype) -> None:
     models = [pico.llama(dtype=dtype).cuda() for _ in range(2)]
