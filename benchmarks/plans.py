@@ -4,9 +4,9 @@
     python benchmarks/plans.py --dtype bf16 --json plans.json
     python benchmarks/plans.py --device cuda --dtype bf16 --tokens 4096
 
-For each layer and mask (`spread`: anywhere; `gathered`: in a third of the rows and columns, as gradient masks are) all plans
-are timed in turn, and medians taken. `regret` is the time of auto's choice over that of the fastest plan. The fitted
-constants are those of ops/cost.py, by least squares on relative errors, none below zero.
+For each layer and mask (`spread`: anywhere; `gathered`: in a third of the rows and columns, as gradient masks are; `narrow`:
+in 3 % of the columns) all plans are timed in turn, and medians taken. `regret` is the time of auto's choice over that of the
+fastest plan. The fitted constants are those of ops/cost.py, by least squares on relative errors, none below zero.
 """
 
 from __future__ import annotations
@@ -35,20 +35,17 @@ SHAPES = {
 }
 CALLS = {"cpu": 1, "cuda": 10}  # timed at once, as calls to a GPU overlap
 DENSITIES = (0.001, 0.0045, 0.02, 0.08)
-SHARE = 0.33  # of rows and of columns that a gathered mask touches
+SHARES = {"gathered": (0.33, 0.33), "spread": (1.0, 1.0), "narrow": (1.0, 0.03)}  # of rows and of columns that a mask may touch
 
 
-def mask_of(shape: tuple[int, int], density: float, gathered: bool, seed: int) -> torch.Tensor:
-    """Sorted flat indices of `density` of the entries."""
+def mask_of(shape: tuple[int, int], density: float, shares: tuple[float, float], seed: int) -> torch.Tensor:
+    """Sorted flat indices of `density` of the entries, within these shares of the rows and columns (fewer where those are full)."""
     made = torch.Generator().manual_seed(seed)
     rows, cols = shape
-    count = max(1, round(rows * cols * density))
-    if not gathered:
-        return torch.randperm(rows * cols, generator=made)[:count].sort().values
-    few_R = torch.randperm(rows, generator=made)[: max(1, round(rows * SHARE))].sort().values
-    few_C = torch.randperm(cols, generator=made)[: max(1, round(cols * SHARE))].sort().values
+    touched = [max(1, round(n * share)) for n, share in zip(shape, shares, strict=True)]
+    few_R, few_C = (torch.randperm(n, generator=made)[:m].sort().values for n, m in zip(shape, touched, strict=True))
     area = few_R.numel() * few_C.numel()
-    at = torch.randperm(area, generator=made)[: min(count, area)].sort().values
+    at = torch.randperm(area, generator=made)[: min(max(1, round(rows * cols * density)), area)].sort().values
     return few_R[at // few_C.numel()] * cols + few_C[at % few_C.numel()]
 
 
@@ -75,13 +72,13 @@ def measure(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> list[d
         weight = torch.zeros(shape, dtype=dtype, device=device)
         x_TI, grad_TO = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(shape))
         for density in DENSITIES:
-            for gathered in (True, False):
-                layout = Layout.of(mask_of(shape, density, gathered, number), shape).to(torch.device(device))
+            for kind, shares in SHARES.items():
+                layout = Layout.of(mask_of(shape, density, shares, number), shape).to(torch.device(device))
                 able = {name: PLANS[name] for name in cost.estimates(layout, weight)}
                 seconds = seconds_of(able, Inputs([(x_TI, dtype)]), grad_TO, layout, rounds)
                 chosen = cost.choose(layout, weight)[0]
                 rows.append({
-                    "shape": shape, "density": density, "mask": "gathered" if gathered else "spread", "seconds": seconds,
+                    "shape": shape, "density": density, "mask": kind, "seconds": seconds,
                     "auto": chosen, "regret": seconds[chosen] / min(seconds.values()),
                     "terms": {name: parts for name, parts in cost.work(layout, weight).items() if name in able},
                 })  # fmt: skip

@@ -45,7 +45,7 @@ def phrase(path: Path) -> str:
 
 def lines(folder: Path) -> list[str]:
     """A line for each file below a folder; a package's own phrase stands beside its folder."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml", ".md", ".c") and "__pycache__" not in p.parts)
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml", ".md", ".c", ".h") and "__pycache__" not in p.parts)
     width = max(len(str(p.relative_to(folder))) for p in files) + 2
     shown = []
     for path in files:

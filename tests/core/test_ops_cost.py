@@ -20,6 +20,7 @@ CHARGED = {
     "gather": {"compact": 3 + 5, "dense": 5},
     "turn": {"sampled": 3 + 5},
     "start": {"sampled": 1},
+    "operators": {"compact": 1, "dense": 1},
     "sampled": {"sampled": 7},
     "native": {"native": 7},
     "spread": {"native": 3 + 5},
@@ -87,7 +88,7 @@ def test_clustered_masks_get_products_and_scattered_ones_entries(monkeypatch: py
     monkeypatch.setattr(native, "fits", lambda _: False)
     width = 4096 if rates is cost.CUDA else 576  # a GPU does a small dense product in no time
     weight = torch.empty(width, width, device="meta")
-    block = (torch.arange(40)[:, None] * width + torch.arange(40)).flatten()  # 1,600 entries in 40 rows and 40 columns
+    block = (torch.arange(80)[:, None] * width + torch.arange(80)).flatten()  # 6,400 entries in 80 rows and 80 columns
     scattered = torch.randint(width * width, (block.numel(),)).unique()
     assert cost.choose(Layout.of(block, (width, width)), weight)[0] == "compact"
     assert cost.choose(Layout.of(scattered, (width, width)), weight)[0] == "sampled"
@@ -97,15 +98,15 @@ def test_a_gpu_takes_all_rows_or_columns_where_nearly_all_are_touched() -> None:
     weight = torch.empty(104, 50, device="meta")
     rows = Layout.of(torch.arange(85) * 50, (104, 50))  # 85 rows, one column
     parts = cost.work(rows, weight)
-    assert parts["compact"] == {"product": 104 * 1, "gather": 1} and parts["dense"] == parts["compact"]
+    assert parts["compact"] == {"product": 104 * 1, "gather": 1, "operators": 1} and parts["dense"] == parts["compact"]
     few = cost.work(Layout.of(torch.arange(70) * 50, (104, 50)), weight)
-    assert few["compact"] == {"product": 70, "gather": 71}
+    assert few["compact"] == {"product": 70, "gather": 71, "operators": 1}
     odd = cost.work(Layout.of(torch.arange(99) * 50, (101, 50)), torch.empty(101, 50, device="meta"))
-    assert odd["compact"] == {"product": 99, "gather": 100}  # 101 numbers side by side are gathered anew in any case
+    assert odd["compact"] == {"product": 99, "gather": 100, "operators": 1}  # 101 numbers side by side are gathered anew in any case
 
 
 def test_on_a_gpu_most_columns_are_taken_whole_as_most_rows_are() -> None:
     for count, product, gathered in ((32, 40, 0), (31, 31, 31)):  # from four fifths on, that one too
         parts = cost.work(Layout.of(torch.arange(count), (8, 40)), torch.empty(8, 40, device="meta"))
-        assert parts["compact"] == {"product": product, "gather": gathered + 1}
-        assert parts["dense"] == {"product": 8 * product, "gather": gathered}
+        assert parts["compact"] == {"product": product, "gather": gathered + 1, "operators": 1}
+        assert parts["dense"] == {"product": 8 * product, "gather": gathered, "operators": 1}

@@ -21,7 +21,7 @@ from .ops.layout import Layout
 from .ops.plans import Plan, plan_named
 from .ops.recipes import hooks_forbid, recipe_of, sharded
 from .partitioned import is_absent, is_partitioned
-from .writing import gather, scatter, write_sum
+from .writing import Sum, gather, scatter
 
 
 def check_adaptable(name: str, weight: torch.Tensor) -> None:
@@ -53,7 +53,7 @@ class Slot:
             self.layout = Layout.of(indices_K.to(weight.device), (weight.shape[0], weight.shape[1]))
             self.plan, self.reason = plan_named(backward, self.layout, weight)
             self.keeper = Keeper(self.layout.cols_C, keep_dtype)
-        self.stale, self._seen = True, (-1, -1)
+        self.stale, self._seen, self._sum = True, (-1, -1), Sum()
         self.number = enroll(self)
         values_K = nn.Parameter(torch.zeros(indices_K.numel(), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
@@ -104,7 +104,7 @@ class Slot:
     @torch.no_grad()
     def rewrite(self) -> None:
         """Write base + values in any case: into a weight that was gathered anew from shards, which hold the base alone."""
-        write_sum(self.weight, self.indices_K, self.base_K, self.values_K)
+        self._sum.write(self.weight, self.indices_K, self.base_K, self.values_K)
 
     def summed(self) -> torch.Tensor:
         """A copy of the parameter with base + values in it, differentiable by values; for graphs, which do not see `write`."""

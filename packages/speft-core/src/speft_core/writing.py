@@ -39,6 +39,22 @@ def write_sum(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tenso
     _run("add", [(weight, indices_K, base_K, values_K)])
 
 
+class Sum:
+    """write_sum at every forward: what the compiled loop reads is laid out anew only where a tensor has moved."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[object, ...] = ()
+        self._laid: tuple[native.Changes | None, Sequence[native.Change]] = (None, ())
+
+    def write(self, weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
+        """Write base + values."""
+        change = (weight, indices_K, base_K, values_K)
+        seen = (*(t.data_ptr() for t in change), weight.dtype, values_K.dtype, indices_K.numel())
+        if seen != self._seen:
+            self._laid, self._seen = _split([change]), seen
+        _go("add", *self._laid)
+
+
 def add_values(base_K: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
     """base + values in at least fp32, rounded once to the base's dtype: the one definition of an adapted entry."""
     if base_K.dtype == values_K.dtype:

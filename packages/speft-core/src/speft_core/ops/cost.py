@@ -28,12 +28,14 @@ class Rates:
     turn: float  #: gathering one number for `sampled`, where it lies beside that of the next token
     spread: float  #: moving one number into native.c's blocks
     start: float = 0.0  #: what `sampled` takes longer to start, spread over a batch of 4,096 tokens
+    operators: float = 0.0  #: what the operators of `compact` and `dense` take whatever their size, spread over 1,024 tokens
 
 
-# Measured by benchmarks/plans.py: fp32 with AVX2 (and as good with AVX-512), bf16 with AVX-512, bf16 on an H200. The others are estimates.
-CPU_FP32 = Rates(product=14, native=40, sampled=65, gather=850, turn=2550, spread=1000)
-CPU_BF16 = Rates(product=17, native=34, sampled=63, gather=1500, turn=4500, spread=540)
-CPU_TILES_BF16 = Rates(product=4, native=34, sampled=63, gather=1500, turn=4500, spread=540)
+# Measured by benchmarks/plans.py: fp32 with AVX2 (and as good with AVX-512), bf16 with AVX-512 and with AMX, bf16 on an H200. The others
+# are estimates.
+CPU_FP32 = Rates(product=14, native=40, sampled=65, gather=850, turn=2550, spread=1000, operators=300_000)
+CPU_BF16 = Rates(product=12, native=24, sampled=62, gather=1500, turn=2600, spread=310, operators=400_000)
+CPU_TILES_BF16 = Rates(product=2.9, native=24, sampled=62, gather=700, turn=2400, spread=300, operators=400_000)
 CPU_SLOW_BF16 = Rates(product=80, native=40, sampled=65, gather=500, turn=1500, spread=1000)
 CUDA = Rates(product=0.0029, native=1, sampled=0.27, gather=4, turn=2, spread=1, start=6000)
 CUDA_WIDE = Rates(product=0.04, native=1, sampled=0.54, gather=8, turn=4, spread=1, start=6000)  # fp32 and float64
@@ -67,9 +69,9 @@ def work(layout: Layout, weight: torch.Tensor) -> dict[str, dict[str, int]]:
     rows, moved_rows = _taken(touched_rows, layout.shape[0], kind)
     columns, moved_columns = _taken(touched_columns, layout.shape[1], kind)
     found = {
-        "compact": {"product": rows * columns, "gather": moved_rows + moved_columns},
+        "compact": {"product": rows * columns, "gather": moved_rows + moved_columns, "operators": 1},
         "sampled": {"sampled": layout.nnz, "turn": touched_rows + touched_columns, "start": 1},
-        "dense": {"product": layout.shape[0] * columns, "gather": moved_columns},
+        "dense": {"product": layout.shape[0] * columns, "gather": moved_columns, "operators": 1},
     }
     if native.fits(weight):
         found["native"] = {"native": layout.nnz, "spread": touched_rows + touched_columns}

@@ -52,6 +52,8 @@ class SparseLinear(torch.autograd.Function):
             y = functional.linear(x, weight, bias)
         ctx.low, kept = x.dtype, None
         ctx.recipe = recipe if ctx.needs_input_grad[3] else None
+        if ctx.recipe is not None:
+            ctx.recipe.readers += 1
         if ctx.needs_input_grad[3] and recipe is None:
             kept, ctx.columns_U, ctx.key = kept_columns(given, x, layout, keeper)
         ctx.save_for_backward(weight, kept)
@@ -70,14 +72,18 @@ class SparseLinear(torch.autograd.Function):
                 inputs = Inputs(factors)
             else:
                 inputs = Inputs([(kept, ctx.low)], ctx.columns_U, ctx.key)
-            grad_values_K = ctx.plan.entries(inputs, grad_TO, ctx.layout).to(ctx.values_dtype)
+            grad_values_K = _cast(ctx.plan.entries(inputs, grad_TO, ctx.layout), ctx.values_dtype)
         if ctx.needs_input_grad[0]:
             if ctx.rewrite is not None:
                 ctx.rewrite()
-            grad_x = grad_input(grad_TO, weight).view(ctx.x_shape).to(ctx.x_dtype)
+            grad_x = _cast(grad_input(grad_TO, weight).view(ctx.x_shape), ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)
         return grad_x, None, grad_bias, grad_values_K, None, None, None, None, None
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # hundreds of times a step, each call with cold caches
 
 
 class Tap(torch.autograd.Function):

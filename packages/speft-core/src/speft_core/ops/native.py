@@ -1,6 +1,6 @@
 """The compiled plan for CPUs: native.c, built once with the machine's own C compiler when there is one; never required.
 
-The library goes into SPEFT_CACHE (or `speft` in the user's cache folder) under a name that hashes its source, the compiler
+The library goes into SPEFT_CACHE (or `speft` in the user's cache folder) under a name that hashes its sources, the compiler
 and the processor. SPEFT_NATIVE=0 turns it off. Without a compiler, or when building fails, `reason()` says so and the other
 plans serve.
 
@@ -103,7 +103,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C compiler"
     try:
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS).stdout
-        key = [SOURCE.read_bytes(), version, _processor().encode(), " ".join((*FLAGS, *_openmp())).encode()]
+        sources = sorted(SOURCE.parent.glob("native*.[ch]"))
+        key = [*(source.read_bytes() for source in sources), version, _processor().encode(), " ".join((*FLAGS, *_openmp())).encode()]
         name = f"native-{hashlib.blake2b(b'|'.join(key), digest_size=8).hexdigest()}.so"
         target = _cache_folder() / name
         if not target.is_file():
@@ -161,28 +162,29 @@ class Pattern:
         counts = (layout.rows_R.numel(), columns_C.numel(), layout.nnz, layout.shape[0], inputs)
         self.struct = _Layout(*counts, *(t.data_ptr() for t in self._tensors))
         self.reference = ctypes.byref(self.struct)
+        self.scratch: dict[int, int] = {}  #: number of parts -> bytes
 
 
 def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The entries by blocked dot products, straight from the factors of the input: no gather, no dense product."""
     library = _load()[0]
-    tokens = grad_TO.shape[0]
-    if library is None or grad_TO.dtype not in DTYPES or any(f.dtype not in DTYPES for f, _ in inputs.factors):
+    factors, kinds = inputs.factors, DTYPES.keys()
+    if library is None or grad_TO.dtype not in kinds or any(f.dtype not in kinds for f, _ in factors):
         return sampled_entries(inputs, grad_TO, layout)
+    tokens, width = grad_TO.shape[0], factors[0][0].shape[1]
     out_K = torch.empty(layout.nnz, dtype=torch.float32)
-    width = inputs.factors[0][0].shape[1]
     pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
     parts = max(1, min(_threads(), -(-tokens // TOKENS)))
-    factors = (_Factor * len(inputs.factors))(*(_factor(f, d) for f, d in inputs.factors))
-    scratch = _scratch(library.speft_scratch(pattern.reference, parts))
+    if parts not in pattern.scratch:
+        pattern.scratch[parts] = library.speft_scratch(pattern.reference, parts)
     library.speft_entries(
         pattern.reference,
-        factors,
+        (_Factor * len(factors))(*(_factor(f, d) for f, d in factors)),
         len(factors),
         ctypes.byref(_factor(grad_TO, torch.float32)),
         ctypes.c_int64(tokens),
         parts,
-        ctypes.c_void_p(scratch.data_ptr()),
+        ctypes.c_void_p(_scratch(pattern.scratch[parts]).data_ptr()),
         ctypes.c_void_p(out_K.data_ptr()),
     )
     return out_K

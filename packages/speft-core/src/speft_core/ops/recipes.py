@@ -13,6 +13,8 @@ only once) and any other hook of a library, and for sharded weights, which may b
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,18 +27,30 @@ _ATTENTION = tuple(
 _ACTIVATIONS = ("ReluBackward0", "TanhBackward0", "SigmoidBackward0")
 SAVED_OUTPUT = dict.fromkeys(_ATTENTION, "_saved_output") | dict.fromkeys(_ACTIVATIONS, "_saved_result")
 _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0")
+_last = threading.local()  # the input seen last, and its recipe
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "fairscale")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Recipe:
     """How to read the factors of an input of `shape` from nodes of the graph; `steps`: (read, dtype of the product so far)."""
 
     shape: torch.Size
     steps: list[tuple[Callable[[], torch.Tensor], torch.dtype]] = field(default_factory=list)
+    readers: int = 0  #: layers whose backward is still to come
+    _read: list[tuple[torch.Tensor, torch.dtype]] = field(default_factory=list)
 
     def factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
-        """Each factor as a view of [T, I], and the dtype that the product is rounded to after it. To be called in backward."""
+        """Each factor as a view of [T, I], and the dtype that the product is rounded to after it. To be called in backward.
+
+        They are read once for all readers, and held until the last has come.
+        """
+        self.readers -= 1
+        found = self._read or self._factors()
+        self._read = found if self.readers > 0 else []
+        return list(found)
+
+    def _factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
         found = []
         for read, dtype in self.steps:
             factor = read().detach()
@@ -65,11 +79,20 @@ def sharded(weight: torch.Tensor) -> bool:
 
 
 def recipe_of(x: torch.Tensor) -> Recipe | None:
-    """How to make `x` again from what autograd saves for others, or None when it saves no such thing."""
+    """How to make `x` again from what autograd saves for others, or None when it saves no such thing.
+
+    All layers that read one x get the same recipe.
+    """
     node = x.grad_fn
     if node is None or x.dim() == 0:
         return None
-    return _product(node, x) or _saved_output(node, x)
+    last: tuple[weakref.ref[torch.Tensor], int, weakref.ref[Recipe]] | None = getattr(_last, "made", None)
+    made = last[2]() if last is not None and last[0]() is x and last[1] == x._version else None
+    if made is None:
+        made = _product(node, x) or _saved_output(node, x)
+        if made is not None:
+            _last.made = (weakref.ref(x), x._version, weakref.ref(made))  # a layer that needs it holds it
+    return made
 
 
 def _reader(node: Any, attribute: str) -> Callable[[], torch.Tensor]:
