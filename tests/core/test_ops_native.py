@@ -40,6 +40,21 @@ def test_any_number_of_threads_and_tokens(tokens: int, threads: int, dtype: torc
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [5, 45])
+@pytest.mark.parametrize("tokens", [1, 31, 33, 130])
+def test_bf16_products_of_wider_factors_at_any_number_of_tokens(tokens: int, width: int) -> None:
+    hidden_TI, scale_T1, weight_I = torch.randn(tokens, width), torch.rand(tokens, 1), torch.randn(width).bfloat16()
+    grad_TO = torch.randn(tokens, 67).bfloat16()
+    factors = [(hidden_TI, torch.float32), (scale_T1, torch.bfloat16), (weight_I, torch.bfloat16)]
+    indices_K = torch.randperm(67 * width)[:200].sort().values.to(torch.int32)
+    inputs = Inputs([(factor.expand(tokens, width), dtype) for factor, dtype in factors])
+    found_K = PLANS["native"].entries(inputs, grad_TO, Layout.of(indices_K, (67, width)))
+    x_TI = (hidden_TI * scale_T1).bfloat16() * weight_I
+    expected_K = weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K)
+    assert (found_K - expected_K).norm() <= 1e-5 * expected_K.norm()
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_compiled_code_is_what_answers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(native, "sampled_entries", lambda *_: pytest.fail("the compiled code takes these"))

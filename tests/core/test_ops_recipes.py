@@ -292,3 +292,27 @@ def test_dimensions_may_be_counted_from_the_end() -> None:
     assert recipe is not None
     everything = Layout.of(torch.arange(8, dtype=torch.int32), (1, 8))
     assert torch.equal(gathered(recipe, everything), x.detach())
+
+
+def test_layers_that_read_one_input_read_its_factors_once() -> None:
+    first, second = (torch.randn(10, 8, requires_grad=True) for _ in range(2))
+    reads: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: reads.append(1) or t):
+        x = first * second
+    recipe = recipe_of(x)
+    assert recipe is not None and recipe_of(x) is recipe
+    assert recipe_of(first * second) is not recipe
+    recipe.readers = 3
+    for left, count in ((2, 2), (1, 2), (0, 2), (-1, 4), (-2, 6)):  # after the last, as in a second backward, each reads for itself
+        factors = recipe.factors()
+        assert (recipe.readers, len(reads)) == (left, count)
+        assert torch.equal(factors[0][0] * factors[1][0], x)
+        factors.clear()  # a list of one's own
+    assert not recipe._read
+
+
+def test_an_input_changed_in_place_has_a_recipe_of_its_own() -> None:
+    x = torch.randn(10, 8, requires_grad=True) * torch.randn(10, 8, requires_grad=True)
+    recipe = recipe_of(x)
+    x.add_(1)
+    assert recipe is not None and recipe_of(x) is None

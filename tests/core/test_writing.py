@@ -93,3 +93,25 @@ def test_an_index_outside_raises_and_writes_nowhere(wrong: int) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         writing.scatter(weight, indices_K, torch.zeros(2))
     assert torch.equal(room[:64], before[:64]) and torch.equal(room[128:], before[128:])
+
+
+@pytest.mark.parametrize("moved", ["nothing", "weight", "values", "dtype"])
+def test_a_sum_written_again_and_again_follows_what_moves(moved: str) -> None:
+    weight, indices_K, values_K = _case(torch.float32, torch.float32, 1000)
+    weight, values_K = torch.nn.Parameter(weight, requires_grad=False), torch.nn.Parameter(values_K)
+    written = writing.Sum()
+    base_K = writing.gather(weight, indices_K)
+    written.write(weight, indices_K, base_K, values_K)
+    if moved == "weight":
+        weight.data = weight.data.clone()
+    elif moved == "dtype":
+        weight.data, base_K = weight.data.bfloat16(), base_K.bfloat16()
+    elif moved == "values":
+        values_K.data = values_K.data * 2
+    else:
+        values_K.data.mul_(2)
+    with torch.no_grad():
+        written.write(weight, indices_K, base_K, values_K)
+    found_K, expected_K = writing.gather(weight, indices_K), writing.add_values(base_K, values_K)
+    usual_K = ~torch.isnan(expected_K)  # a NaN may have any payload
+    assert torch.equal(_bits(found_K)[usual_K], _bits(expected_K)[usual_K]) and bool(torch.isnan(found_K[~usual_K]).all())
