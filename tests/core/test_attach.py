@@ -11,7 +11,7 @@ from torch import nn
 import pico
 import speft_core as sc
 from attached import DTYPES, IDS, PLAN_NAMES, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask, train
-from speft_core.ops.functions import SparseLinear
+from speft_core.ops.functions import SparseLinear, Work
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import PLANS
 
@@ -226,7 +226,7 @@ def test_a_weight_gathered_anew_for_backward_gets_its_values_before_grad_x() -> 
 
     for wants_x in (True, False):
         given = x.clone().requires_grad_(wants_x)
-        SparseLinear.apply(given, weight, None, values_K, PLANS["dense"], layout, None, None, rewrite).sum().backward()
+        SparseLinear.apply(given, weight, None, values_K, Work(PLANS["dense"], layout), None, rewrite).sum().backward()
         assert len(written) == 1  # before grad_x, and only for it
         if wants_x:
             torch.testing.assert_close(given.grad, base.sum(0).expand(3, 5))
@@ -240,9 +240,9 @@ def test_what_a_tuner_yields_is_what_trains() -> None:
     assert [id(p) for p in tuner.parameters()] == [id(p) for p in named.values()]
     assert named["left.weight"] is tuner.values["left.weight"] and named["out.bias"] is model.out.bias
     slot = tuner._slots["left.weight"][0]
-    assert slot.layout_on(torch.device("cpu")) is slot.layout
-    moved = slot.layout_on(torch.device("meta"))
-    assert moved.rows_R.device.type == "meta" and slot.layout_on(torch.device("meta")) is moved
+    assert slot.work_on(torch.device("cpu")) is slot.work
+    moved = slot.work_on(torch.device("meta"))
+    assert moved.layout.rows_R.device.type == "meta" and slot.work_on(torch.device("meta")) is moved
     with pytest.raises(sc.UserError, match=r"dtype must be one of torch\.float32.*got torch\.int8"):
         tuner.adapter(torch.int8)
 

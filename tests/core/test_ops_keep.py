@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speft_core.ops import keep
-from speft_core.ops.functions import SparseLinear
+from speft_core.ops.functions import SparseLinear, Work
 from speft_core.ops.keep import Keeper, kept_columns
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import PLANS
@@ -100,7 +100,7 @@ def test_columns_kept_for_others_too_change_no_gradient(plan: str) -> None:
     total, found = torch.zeros(()), []
     for name in ("a", "b", "a", "c", "a"):
         values_K, seed = torch.zeros(entries[name].numel(), requires_grad=True), torch.randn(6, 4)
-        y = SparseLinear.apply(x, weight, None, values_K, PLANS[plan], layouts[name], None, keepers[name])
+        y = SparseLinear.apply(x, weight, None, values_K, Work(PLANS[plan], layouts[name], keepers[name]))
         total = total + (y * seed).sum()
         found.append((name, values_K, seed))
     total.backward()
@@ -113,7 +113,7 @@ def test_under_autocast_columns_are_kept_as_the_product_read_them() -> None:
     x, weight, values_K = torch.randn(6, 8), torch.randn(4, 8), torch.zeros(3, requires_grad=True)
     layout, saved = Layout.of(torch.tensor([3, 10, 13]), (4, 8)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        y = SparseLinear.apply(x, weight, None, values_K, PLANS["compact"], layout)
+        y = SparseLinear.apply(x, weight, None, values_K, Work(PLANS["compact"], layout))
     assert y.dtype == torch.bfloat16
     assert [t.dtype for t in saved if t.shape == (6, 3)] == [torch.bfloat16]
     assert [t.dtype for t in saved if t.shape == weight.shape] == [torch.float32]  # the weight itself, no copy

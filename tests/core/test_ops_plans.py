@@ -7,7 +7,7 @@ import torch
 
 from speft_core.errors import UserError
 from speft_core.ops import blocks, cut, native
-from speft_core.ops.functions import SparseLinear
+from speft_core.ops.functions import SparseLinear, Work
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import PLANS, plan_named
@@ -106,7 +106,7 @@ def test_gradcheck_in_float64(plan: str, shape: str, biased: bool) -> None:
     def forward(x: torch.Tensor, values_K: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         with torch.no_grad():  # base + values is in the weight, as an attached forward leaves it
             weight.view(-1)[indices_K.long()] = base_K + values_K
-        return SparseLinear.apply(x, weight.clone(), bias, values_K, PLANS[plan], layout)
+        return SparseLinear.apply(x, weight.clone(), bias, values_K, Work(PLANS[plan], layout))
 
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), values_K, bias))
 

@@ -24,6 +24,7 @@ from .partitioned import own_part, whole
 from .remask import Parked, remask, restore_parked, with_parked
 from .slots import AttachedForward, Slot, check_adaptable
 from .targets import base_parameters, owners_of, parameter_shape
+from .together import Together
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Tuner:
         self._hooks: list[Any] = []
         self.parked: dict[str, Parked] = {}  #: entries that an earlier mask trained and the present one does not
         by_module: dict[nn.Module, list[Slot]] = {}
+        together = Together()
         try:
             for name, indices_K in mask.indices.items():
                 if indices_K.numel() == 0 and not keep_empty:
@@ -135,12 +137,13 @@ class Tuner:
                 with whole([weight]):
                     self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
                     for module, attribute in owners[id(weight)]:
-                        slot = Slot(name, module, attribute, indices_K, backward, keep_dtype)
+                        slot = Slot(name, module, attribute, indices_K, backward, keep_dtype, together)
                         if self._slots[name]:  # tied: one Parameter serves all owners
                             module.register_parameter(f"{attribute}_values", self.values[name])
                         self._slots[name].append(slot)
                         by_module.setdefault(module, []).append(slot)
                         self.values[name] = slot.values_K
+                together.add(self._slots[name])
         except UserError:
             self._remove_slots()
             raise

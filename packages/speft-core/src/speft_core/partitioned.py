@@ -19,7 +19,7 @@ from torch import nn
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether ranks keep the parameter in shards."""
-    return hasattr(parameter, "ds_id")
+    return "ds_id" in parameter.__dict__
 
 
 def shards_of(parameter: Any) -> int:

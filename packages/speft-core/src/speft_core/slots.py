@@ -8,6 +8,7 @@ Shape suffixes: K kept entries.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import nn
 
 from .errors import UserError
 from .ops.compiled import enroll
-from .ops.functions import SparseLinear, Tap
+from .ops.functions import SparseLinear, Tap, Work
 from .ops.keep import Keeper
 from .ops.layout import Layout
 from .ops.plans import Plan, plan_named
 from .ops.recipes import hooks_forbid, recipe_of, sharded
 from .partitioned import is_absent, is_partitioned
+from .together import Together
 from .writing import Sum, gather, scatter
 
 
@@ -35,24 +37,21 @@ class Slot:
     """An adapted parameter: where it lives, its plan, and whether the weight holds base + values at the moment.
 
     `stale` starts true and is set by every forward that may be followed by an update, since optimizers and engines such as
-    DeepSpeed write `values` without leaving a trace in its version counter.
+    DeepSpeed write `values` without leaving a trace in its version counter. together: the slots it is written with.
     """
 
     def __init__(
         self, name: str, module: nn.Module, attribute: str, indices_K: torch.Tensor, backward: str,
-        keep_dtype: torch.dtype | None = None,
+        keep_dtype: torch.dtype | None = None, together: Together | None = None,
     ) -> None:
         weight: nn.Parameter = getattr(module, attribute)
         self.name, self.module, self.attribute = name, module, attribute
         self._backward, self._keep_dtype = backward, keep_dtype
-        self.plan: Plan | None = None
+        self.together = together or Together()
         self.reason = "dense gradient of this tensor alone"
-        self.layout: Layout | None = None
-        self.keeper: Keeper | None = None
+        self.work: Work | None = None
         if self.is_fast:
-            self.layout = Layout.of(indices_K.to(weight.device), (weight.shape[0], weight.shape[1]))
-            self.plan, self.reason = plan_named(backward, self.layout, weight)
-            self.keeper = Keeper(self.layout.cols_C, keep_dtype)
+            self._choose(indices_K.to(weight.device), weight)
         self.stale, self._seen, self._sum = True, (-1, -1), Sum()
         self.number = enroll(self)
         values_K = nn.Parameter(torch.zeros(indices_K.numel(), dtype=torch.float32, device=weight.device))
@@ -63,6 +62,21 @@ class Slot:
         module.register_parameter(f"{attribute}_values", values_K)
         module.register_buffer(f"{attribute}_indices", indices_K, persistent=False)
         module.register_buffer(f"{attribute}_base", gather(weight, indices_K), persistent=False)
+
+    def _choose(self, indices_K: torch.Tensor, weight: torch.Tensor) -> None:
+        layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
+        plan, self.reason = plan_named(self._backward, layout, weight)
+        self.work = Work(plan, layout, Keeper(layout.cols_C, self._keep_dtype), self.together.over)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The backward plan of a plain Linear's weight."""
+        return self.work.plan if self.work is not None else None
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where the entries of a plain Linear's weight lie."""
+        return self.work.layout if self.work is not None else None
 
     @property
     def is_fast(self) -> bool:
@@ -95,13 +109,16 @@ class Slot:
         if is_absent(self.weight):  # its next forward gathers and writes
             return
         values_K = self.values_K
-        training = torch.is_grad_enabled() and values_K.requires_grad
+        if torch.is_grad_enabled() and values_K.requires_grad:
+            self.stale = True
+            if not self.together.covers(self):
+                self.rewrite()
+            return
         seen = (values_K.data_ptr(), values_K._version)
-        if training or self.stale or seen != self._seen or sharded(self.weight):
+        if self.stale or seen != self._seen or sharded(self.weight):
             self.rewrite()
-        self.stale, self._seen = training, seen
+        self.stale, self._seen = False, seen
 
-    @torch.no_grad()
     def rewrite(self) -> None:
         """Write base + values in any case: into a weight that was gathered anew from shards, which hold the base alone."""
         self._sum.write(self.weight, self.indices_K, self.base_K, self.values_K)
@@ -114,14 +131,15 @@ class Slot:
 
     def pick(self, grad: torch.Tensor) -> torch.Tensor:
         """The kept entries of this parameter's dense gradient, in the values' dtype."""
+        self.together.over()
         return grad.reshape(-1).index_select(0, self.indices_K).to(self.values_K.dtype)
 
-    def layout_on(self, device: torch.device) -> Layout:
-        """The layout, moved along when the model was."""
-        assert self.layout is not None
-        if self.layout.rows_R.device != device:
-            self.layout = self.layout.to(device)
-        return self.layout
+    def work_on(self, device: torch.device) -> Work:
+        """What backward does, its layout moved along when the model was."""
+        assert self.work is not None
+        if self.work.layout.rows_R.device != device:
+            self.work = replace(self.work, layout=self.work.layout.to(device))
+        return self.work
 
     def loaded(self, weight_was_loaded: bool) -> None:
         """After load_state_dict: the loaded weight is base + values, so values follow from it; the weight keeps its bits."""
@@ -134,11 +152,9 @@ class Slot:
         """Adapt other entries of the parameter, which must hold the base's bits now; values are the caller's to set (remask.py)."""
         weight = self.weight
         indices_K = indices_K.to(weight.device)
-        if self.layout is not None:
-            self.layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
-            self.plan, self.reason = plan_named(self._backward, self.layout, weight)
+        if self.work is not None:
+            self._choose(indices_K, weight)
             self.number = enroll(self)  # compiled graphs hold the old layout's sizes
-            self.keeper = Keeper(self.layout.cols_C, self._keep_dtype)
         self.module._buffers[f"{self.attribute}_indices"] = indices_K
         self.module._buffers[f"{self.attribute}_base"] = gather(weight, indices_K)
         self.stale = True
@@ -158,6 +174,8 @@ class AttachedForward:
 
     def __init__(self, module: nn.Module, slots: list[Slot]) -> None:
         self.module, self.slots = module, slots
+        self.fast = next((s for s in slots if s.work is not None), None)
+        self.bias = next((s for s in slots if s.attribute == "bias"), None)
         self.had_own = module.__dict__.get("forward")  # set on the instance by someone before us, put back on removal
         self.original = module.forward
 
@@ -168,24 +186,22 @@ class AttachedForward:
             slot.write()
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        taps = {s.attribute: Tap.apply(s.weight, s.values_K, s.pick) for s in self.slots if s.plan is None}
-        fast = next((s for s in self.slots if s.plan is not None), None)
-        if fast is not None and len(args) == 1 and not kwargs:
-            bias = taps.get("bias", self.module.bias)
-            x = args[0]
-            weight = fast.weight
-            is_sharded = sharded(weight)
-            recipe = None if hooks_forbid() or is_sharded else recipe_of(x)
-            layout, rewrite = fast.layout_on(x.device), fast.rewrite if is_sharded else None
-            return SparseLinear.apply(x, weight, bias, fast.values_K, fast.plan, layout, recipe, fast.keeper, rewrite)
-        if fast is not None:
-            taps[fast.attribute] = Tap.apply(fast.weight, fast.values_K, fast.pick)
-        return self._with(taps, args, kwargs)
+        fast = self.fast
+        if fast is None or len(args) != 1 or kwargs:
+            taps = {s.attribute: Tap.apply(s.weight, s.values_K, s.pick) for s in self.slots}
+            return self._with(taps, args, kwargs)
+        (x,), weight, bias = args, fast.weight, self.module._parameters["bias"]
+        if self.bias is not None:
+            bias = Tap.apply(bias, self.bias.values_K, self.bias.pick)
+        if sharded(weight):
+            return SparseLinear.apply(x, weight, bias, fast.values_K, fast.work_on(x.device), None, fast.rewrite)
+        recipe = None if hooks_forbid() else recipe_of(x)
+        return SparseLinear.apply(x, weight, bias, fast.values_K, fast.work_on(x.device), recipe)
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same in operators that torch.compile can trace: one for a Linear, an out-of-place sum for any other tensor."""
-        taps = {s.attribute: s.summed() for s in self.slots if s.plan is None}
-        fast = next((s for s in self.slots if s.plan is not None), None)
+        fast = self.fast
+        taps = {s.attribute: s.summed() for s in self.slots if s is not fast}
         if fast is not None and len(args) == 1 and not kwargs:
             x, weight, bias = args[0], fast.weight, taps.get("bias", self.module.bias)
             if torch.is_autocast_enabled(x.device.type):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from speft_core.errors import UserError
-from speft_core.ops.functions import SparseLinear
+from speft_core.ops.functions import SparseLinear, Work
 from speft_core.ops.layout import Layout
 from speft_core.ops.plans import Plan
 from speft_core.ops.recipes import hooks_forbid, recipe_of
@@ -181,11 +181,11 @@ def _sparse_forward(module: nn.Linear, what: Trained) -> Forward:
     empty = torch.empty(0, dtype=torch.int32)
     columns_C = torch.empty(module.in_features, dtype=torch.int32)
     layout = Layout((module.out_features, module.in_features), empty, columns_C, empty, empty, empty, empty)
-    plan = Plan("none", lambda _inputs, _grad, _layout: torch.empty(count), "no data")
+    work = Work(Plan("none", lambda _inputs, _grad, _layout: torch.empty(count), "no data"), layout)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         recipe = None if what.scores or hooks_forbid() else recipe_of(x)
-        made: torch.Tensor = SparseLinear.apply(x, module.weight, module.bias, values_K, plan, layout, recipe, None)
+        made: torch.Tensor = SparseLinear.apply(x, module.weight, module.bias, values_K, work, recipe)
         return made
 
     return forward

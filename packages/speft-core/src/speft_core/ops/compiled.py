@@ -31,7 +31,7 @@ def enroll(slot: Any) -> int:
 
 
 def _layout(number: int, device: torch.device) -> Layout:
-    layout: Layout = _slots[number].layout_on(device)
+    layout: Layout = _slots[number].work_on(device).layout
     return layout
 
 
@@ -70,6 +70,7 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad_x in the shape of x (an empty tensor unless `with_x`), and the gradient of the K kept entries."""
     slot, layout = _slots[number], _layout(number, grad_y.device)
+    slot.together.over()
     grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
     inputs = Inputs([(kept_TC, kept_TC.dtype)], layout.cols_C, "own")
     grad_values_K = slot.plan.entries(inputs, grad_TO, layout).to(slot.values_K.dtype)

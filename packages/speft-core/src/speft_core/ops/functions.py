@@ -6,6 +6,7 @@ Shape suffixes: O outputs, I inputs, T tokens, K kept entries, U columns kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,21 @@ from .plans import Plan
 from .recipes import Recipe
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a layer's backward does, the same at every step. over: called when it comes."""
+
+    plan: Plan
+    layout: Layout
+    keeper: Keeper | None = None
+    over: Callable[[], None] | None = None
+
+
 class SparseLinear(torch.autograd.Function):
     """y = x Wᵀ + b with W frozen (it holds base + values already); backward gives grad_x, grad_b and the entries for values.
 
     x: [..., I]; weight: [O, I]; bias: [O] or None; values_K: any floating dtype. recipe: how backward makes x again; without
-    one, forward keeps the columns that `keeper` names (the layout's own when None). Saves W and at most those columns.
+    one, forward keeps the columns that the work's keeper names (the layout's own when None). Saves W and at most those columns.
     rewrite: for a weight whose shards are gathered anew for backward, without the values: writes base + values again.
     """
 
@@ -34,13 +45,11 @@ class SparseLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         values_K: torch.Tensor,
-        plan: Plan,
-        layout: Layout,
+        work: Work,
         recipe: Recipe | None = None,
-        keeper: Keeper | None = None,
         rewrite: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        ctx.plan, ctx.layout, ctx.rewrite = plan, layout, rewrite
+        ctx.work, ctx.rewrite = work, rewrite
         ctx.x_shape, ctx.x_dtype, ctx.values_dtype = x.shape, x.dtype, values_K.dtype
         given = x
         if torch.is_autocast_enabled(x.device.type):
@@ -50,36 +59,42 @@ class SparseLinear(torch.autograd.Function):
             y = functional.linear(x, weight.to(low), None if bias is None else bias.to(low))
         else:
             y = functional.linear(x, weight, bias)
-        ctx.low, kept = x.dtype, None
-        ctx.recipe = recipe if ctx.needs_input_grad[3] else None
-        if ctx.recipe is not None:
-            ctx.recipe.readers += 1
-        if ctx.needs_input_grad[3] and recipe is None:
-            kept, ctx.columns_U, ctx.key = kept_columns(given, x, layout, keeper)
+        ctx.low, ctx.recipe, kept = x.dtype, None, None
+        if ctx.needs_input_grad[3]:
+            if recipe is not None:
+                ctx.recipe = recipe
+                recipe.readers += 1
+                if work.plan.shares:
+                    recipe.shared.append(work.layout)
+            else:
+                kept, ctx.columns_U, ctx.key = kept_columns(given, x, work.layout, work.keeper)
         ctx.save_for_backward(weight, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_y,) = grads
+        (grad_y,), work = grads, ctx.work
         weight, kept = ctx.saved_tensors
+        wants_x, _, wants_bias, wants_values = ctx.needs_input_grad[:4]
         grad_x = grad_bias = grad_values_K = None
         grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.needs_input_grad[3]:
+        if work.over is not None:
+            work.over()
+        if wants_values:
             if kept is None:
                 factors = ctx.recipe.factors()
                 factors[-1] = (factors[-1][0], ctx.low)
-                inputs = Inputs(factors)
+                inputs = Inputs(factors, recipe=ctx.recipe)
             else:
                 inputs = Inputs([(kept, ctx.low)], ctx.columns_U, ctx.key)
-            grad_values_K = _cast(ctx.plan.entries(inputs, grad_TO, ctx.layout), ctx.values_dtype)
-        if ctx.needs_input_grad[0]:
+            grad_values_K = _cast(work.plan.entries(inputs, grad_TO, work.layout), ctx.values_dtype)
+        if wants_x:
             if ctx.rewrite is not None:
                 ctx.rewrite()
             grad_x = _cast(grad_input(grad_TO, weight).view(ctx.x_shape), ctx.x_dtype)
-        if ctx.needs_input_grad[2]:
+        if wants_bias:
             grad_bias = grad_TO.sum(0)
-        return grad_x, None, grad_bias, grad_values_K, None, None, None, None, None
+        return grad_x, None, grad_bias, grad_values_K, None, None, None
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

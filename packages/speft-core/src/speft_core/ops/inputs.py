@@ -12,19 +12,21 @@ import torch
 
 from . import triton_turn
 from .layout import Layout
+from .recipes import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # frozen costs microseconds, and one is made for every layer and step
 class Inputs:
     """The input [T, I] as a product of factors, each a [T, I] view and the dtype that the product so far is rounded to.
 
     columns_U: which columns of the input the factors hold (sorted), or None for all of them. key: names `columns_U`, so that
-    what is derived from it can be remembered.
+    what is derived from it can be remembered. recipe: where the factors come from, if it serves several layers.
     """
 
     factors: list[tuple[torch.Tensor, torch.dtype]]
     columns_U: torch.Tensor | None = None
     key: Hashable = None
+    recipe: Recipe | None = None
 
     def places(self, layout: Layout) -> torch.Tensor:
         """Where the layout's columns lie among the factors' columns."""

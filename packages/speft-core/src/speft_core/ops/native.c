@@ -44,15 +44,16 @@ typedef struct {
     const int32_t *row, *first, *column, *place; /* [R], [R + 1], [C], [K] */
 } layout;
 
+/* blocks: where those of x^T are, one after the other, or NULL; fill: whether they must be made. */
 static void entries_of(const layout *at, const factor *x, int n, const factor *grad, int64_t start, int64_t stop, float *block,
-                       float *out) {
-    float *x_CT = block, *grad_BT = block + at->columns * STRIDE;
+                       float *blocks, int64_t fill, float *out) {
+    float *x_CT = blocks ? blocks : block, *grad_BT = block + at->columns * STRIDE;
     int pairs = in_pairs(x, n, grad), step = pairs ? 2 * TOKENS : TOKENS;
     memset(out, 0, at->entries * sizeof(float));
-    for (; start < stop; start += step) {
-        int count = stop - start < step ? (int)(stop - start) : step;
-        if (pairs) transpose_pairs(x, n, start, count, at->column, at->columns, at->inputs, x_CT);
-        else transpose(x, n, start, count, at->column, at->columns, at->inputs, x_CT);
+    for (; start < stop; start += step, x_CT += blocks ? at->columns * STRIDE : 0) {
+        int count = stop - start < step ? (int)(stop - start) : step, numbers = numbers_of(count);
+        if (fill && pairs) transpose_pairs(x, n, start, count, at->column, at->columns, at->inputs, x_CT);
+        else if (fill) transpose(x, n, start, count, at->column, at->columns, at->inputs, x_CT);
         for (int64_t r = 0; r < at->rows; r += ROWS) {
             int64_t wide = at->rows - r < ROWS ? at->rows - r : ROWS;
             if (pairs) transpose_pairs(grad, 1, start, count, at->row + r, wide, at->outputs, grad_BT);
@@ -60,7 +61,7 @@ static void entries_of(const layout *at, const factor *x, int n, const factor *g
             for (int64_t b = 0; b < wide; b++) {
                 int64_t k = at->first[r + b], entries = at->first[r + b + 1] - k;
                 const float *grad_T = grad_BT + b * STRIDE;
-                if (pairs) row_pairs(grad_T, x_CT, at->place + k, entries, out + k);
+                if (pairs) row_pairs(grad_T, x_CT, at->place + k, entries, numbers, out + k);
                 else row_entries(grad_T, x_CT, at->place + k, entries, out + k);
             }
         }
@@ -74,20 +75,36 @@ static int64_t share_of(const layout *at) {
 }
 
 /* Bytes of scratch that `speft_entries` needs for this many parts. */
-int64_t speft_scratch(const layout *at, int parts) {
+int64_t speft_scratch(const layout *at, int64_t parts) {
     return (parts * share_of(at) + 16) * (int64_t)sizeof(float);
 }
 
-/* out[K] = the entries of grad^T x; the tokens are split into `parts`, one thread each, whose sums are added in order. */
-void speft_entries(const layout *at, const factor *x, int n, const factor *grad, int64_t tokens, int parts, float *scratch,
-                   float *out) {
+/* Numbers of a part's blocks of x^T, for as many tokens. */
+static int64_t blocks_of(const layout *at, const factor *x, int n, const factor *grad, int64_t share) {
+    int64_t step = in_pairs(x, n, grad) ? 2 * TOKENS : TOKENS;
+    return (share + step - 1) / step * at->columns * STRIDE;
+}
+
+static inline float *line_of(void *memory) { return (float *)(((uintptr_t)memory + 63) & ~(uintptr_t)63); }
+
+/* Bytes that hold the blocks of x^T for all tokens, so that other layers that read x find them. */
+int64_t speft_blocks(const layout *at, const factor *x, int64_t n, const factor *grad, int64_t tokens, int64_t parts) {
+    return (parts * blocks_of(at, x, n, grad, (tokens + parts - 1) / parts) + 16) * (int64_t)sizeof(float);
+}
+
+/* out[K] = the entries of grad^T x; the tokens are split into `parts`, one thread each, whose sums are added in order. `blocks`:
+ * NULL, or memory for those of x^T, which holds them already unless `fill`. */
+void speft_entries(const layout *at, const factor *x, int64_t n, const factor *grad, int64_t tokens, int64_t parts,
+                   float *scratch, float *out, float *blocks, int64_t fill) {
     int64_t size = share_of(at), sums = (at->entries + 15) / 16 * 16, share = (tokens + parts - 1) / parts;
-    scratch = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    int64_t shared = blocks ? blocks_of(at, x, n, grad, share) : 0;
+    scratch = line_of(scratch);
+    if (blocks) blocks = line_of(blocks);
 #pragma omp parallel for schedule(static, 1) num_threads(parts)
     for (int p = 0; p < parts; p++) {
         int64_t start = p * share, stop = start + share < tokens ? start + share : tokens;
         float *own = scratch + p * size;
-        entries_of(at, x, n, grad, start, stop, own + sums, own);
+        entries_of(at, x, n, grad, start, stop, own + sums, blocks ? blocks + p * shared : NULL, fill, own);
     }
     for (int64_t k = 0; k < at->entries; k++) {
         float sum = scratch[k];
@@ -97,4 +114,4 @@ void speft_entries(const layout *at, const factor *x, int n, const factor *grad,
 }
 
 /* What the callers in native.py expect of this file; they refuse another. */
-int32_t speft_abi(void) { return 4; }
+int32_t speft_abi(void) { return 5; }

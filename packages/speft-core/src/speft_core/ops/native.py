@@ -18,32 +18,35 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .inputs import Inputs
 from .layout import Layout
+from .recipes import Recipe
 from .sampled import sampled_entries
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=fast")
 BUILD_SECONDS = 120
 TOKENS = 64  # as in native.c
-ABI = 4  # as in native.c
+ABI = 5  # as in native.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-class _Factor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("row", ctypes.c_int64),
-        ("col", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("round", ctypes.c_int32),
-    ]
+OTHER = -1
+SHARED_BYTES = 64 << 20  # most that a thread holds of an input for the layers that read it; beyond it each forms its own
+FACTOR_BYTES = 40  # struct factor of native_turn.h: five 64-bit words
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS: dict[str, list[Any]] = {
+    "speft_scratch": [_P, _N],
+    "speft_entries": [_P, _P, _N, _P, _N, _N, _P, _P, _P, _N],
+    "speft_blocks": [_P, _P, _N, _P, _N, _N],
+    **{f"speft_{what}": [_P, _N, _N] for what in ("take", "put", "add")},
+}
 
 
 class _Layout(ctypes.Structure):
@@ -114,8 +117,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 target = Path(tempfile.mkdtemp(prefix="speft-")) / name
                 _build(compiler, target)
         library = ctypes.CDLL(str(target))
-        for function in (library.speft_scratch, library.speft_take, library.speft_put, library.speft_add):
-            function.restype = ctypes.c_int64
+        for name, kinds in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = kinds, None if name == "speft_entries" else ctypes.c_int64
         if library.speft_abi() != ABI:  # native.c was changed while this process ran
             return None, "native.c is of another version than native.py"
         return library, ""
@@ -148,46 +152,74 @@ def _scratch(size: int) -> torch.Tensor:
     return kept
 
 
-def _factor(tensor_TI: torch.Tensor, rounded: torch.dtype) -> _Factor:
-    row, col = tensor_TI.stride()
-    return _Factor(tensor_TI.data_ptr(), row, col, DTYPES[tensor_TI.dtype], DTYPES.get(rounded, 0))
-
-
 class Pattern:
     """A Layout as native.c reads it; keeps its int32 tensors alive."""
 
-    def __init__(self, layout: Layout, columns_C: torch.Tensor, inputs: int) -> None:
-        kept = (layout.rows_R, layout.first_R, columns_C, layout.col_of_K)
+    def __init__(self, layout: Layout, columns_C: torch.Tensor, inputs: int, place_K: torch.Tensor | None = None) -> None:
+        kept = (layout.rows_R, layout.first_R, columns_C, layout.col_of_K if place_K is None else place_K)
         self._tensors = [t.to(torch.int32).contiguous() for t in kept]
         counts = (layout.rows_R.numel(), columns_C.numel(), layout.nnz, layout.shape[0], inputs)
         self.struct = _Layout(*counts, *(t.data_ptr() for t in self._tensors))
-        self.reference = ctypes.byref(self.struct)
+        self.address = ctypes.addressof(self.struct)
+        self.entries = layout.nnz
         self.scratch: dict[int, int] = {}  #: number of parts -> bytes
+        self.shared: tuple[Layout, ...] = ()  #: the layouts whose columns are among its columns
 
 
 def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The entries by blocked dot products, straight from the factors of the input: no gather, no dense product."""
-    library = _load()[0]
-    factors, kinds = inputs.factors, DTYPES.keys()
-    if library is None or grad_TO.dtype not in kinds or any(f.dtype not in kinds for f, _ in factors):
+    library, factors = _load()[0], inputs.factors
+    words = [grad_TO.data_ptr(), *grad_TO.stride(), DTYPES.get(grad_TO.dtype, OTHER), 0]  # struct factor of native_turn.h; the factors'
+    for factor, rounded in factors:
+        words += factor.data_ptr(), *factor.stride(), DTYPES.get(factor.dtype, OTHER), DTYPES.get(rounded, 0)
+    if library is None or OTHER in words[3::5]:
         return sampled_entries(inputs, grad_TO, layout)
-    tokens, width = grad_TO.shape[0], factors[0][0].shape[1]
-    out_K = torch.empty(layout.nnz, dtype=torch.float32)
-    pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
+    packed = array("q", words)
+    at, tokens, width = packed.buffer_info()[0], grad_TO.shape[0], factors[0][0].shape[1]
     parts = max(1, min(_threads(), -(-tokens // TOKENS)))
+    recipe, blocks, fill = inputs.recipe, 0, 1
+    if recipe is not None and len(recipe.shared) > 1:
+        pattern = pattern_of_all(layout, recipe.shared, width)
+        size = library.speft_blocks(pattern.address, at + FACTOR_BYTES, len(factors), at, tokens, parts)
+        if size <= SHARED_BYTES:
+            blocks, fill = _blocks(size, recipe, (tokens, parts, words[3], words[-1]))
+    if not blocks:
+        pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
+    out_K = torch.empty(pattern.entries, dtype=torch.float32)
     if parts not in pattern.scratch:
-        pattern.scratch[parts] = library.speft_scratch(pattern.reference, parts)
+        pattern.scratch[parts] = library.speft_scratch(pattern.address, parts)
+    scratch = _scratch(pattern.scratch[parts])
     library.speft_entries(
-        pattern.reference,
-        (_Factor * len(factors))(*(_factor(f, d) for f, d in factors)),
-        len(factors),
-        ctypes.byref(_factor(grad_TO, torch.float32)),
-        ctypes.c_int64(tokens),
-        parts,
-        ctypes.c_void_p(_scratch(pattern.scratch[parts]).data_ptr()),
-        ctypes.c_void_p(out_K.data_ptr()),
+        pattern.address, at + FACTOR_BYTES, len(factors), at, tokens, parts, scratch.data_ptr(), out_K.data_ptr(), blocks, fill
     )
     return out_K
+
+
+def pattern_of_all(layout: Layout, readers: Sequence[Layout], width: int) -> Pattern:
+    """The layout among the columns that any of the readers of one input needs."""
+    known: Pattern | None = layout.derived(("native", "shared", width), lambda: None)
+    if known is None or len(known.shared) != len(readers) or any(a is not b for a, b in zip(known.shared, readers, strict=True)):
+        union_U = torch.cat([reader.cols_C for reader in readers]).unique()
+        place_K = torch.searchsorted(union_U, layout.cols_C).index_select(0, layout.col_of_K)
+        known = layout._derived["native", "shared", width] = Pattern(layout, union_U, width, place_K)
+        known.shared = tuple(readers)
+    return known
+
+
+def _blocks(size: int, recipe: Recipe, made: tuple[object, ...]) -> tuple[int, int]:
+    """Where this thread holds the blocks of an input for all layers that read it, and whether they are to be made first.
+
+    One input's at a time: backward comes to its readers one after the other. `made`: what else the blocks depend on.
+    """
+    kept: torch.Tensor | None = getattr(_local, "blocks", None)
+    if kept is None or kept.numel() < size:
+        kept = _local.blocks = torch.empty(size, dtype=torch.uint8)
+        _local.owner = None
+    owner: tuple[weakref.ref[Recipe], tuple[object, ...], int] | None = _local.owner
+    if owner is not None and owner[0]() is recipe and owner[1] == made and owner[2] == len(recipe.shared):
+        return kept.data_ptr(), 0
+    _local.owner = (weakref.ref(recipe), made, len(recipe.shared))
+    return kept.data_ptr(), 1
 
 
 Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -223,7 +255,6 @@ class Changes:
         base + values, with the bits of writing.add_values. IndexError for indices outside a weight: those are left out."""
         library = _load()[0]
         assert library is not None
-        start, count = ctypes.c_void_p(self._words.buffer_info()[0]), ctypes.c_int64(len(self._tensors))
-        outside = getattr(library, f"speft_{what}")(start, count, _threads())
+        outside = getattr(library, f"speft_{what}")(self._words.buffer_info()[0], len(self._tensors), _threads())
         if outside:
             raise IndexError(f"{outside} indices lie outside their weights")

@@ -61,7 +61,7 @@ static int64_t add(const change *c, int64_t start, int64_t stop) {
 }
 
 /* One tensor is cut into shares; of many, which are small, a thread takes one after another. Returns how many places lay outside. */
-static int64_t each(share *work, const change *all, int64_t count, int threads) {
+static int64_t each(share *work, const change *all, int64_t count, int64_t threads) {
     int64_t outside = 0;
     if (count == 1) {
         int64_t entries = all->entries, parts = entries > ALONE ? threads : 1, size = (entries + parts - 1) / parts;
@@ -77,6 +77,6 @@ static int64_t each(share *work, const change *all, int64_t count, int threads) 
     return outside;
 }
 
-int64_t speft_take(const change *all, int64_t count, int threads) { return each(take, all, count, threads); }
-int64_t speft_put(const change *all, int64_t count, int threads) { return each(put, all, count, threads); }
-int64_t speft_add(const change *all, int64_t count, int threads) { return each(add, all, count, threads); }
+int64_t speft_take(const change *all, int64_t count, int64_t threads) { return each(take, all, count, threads); }
+int64_t speft_put(const change *all, int64_t count, int64_t threads) { return each(put, all, count, threads); }
+int64_t speft_add(const change *all, int64_t count, int64_t threads) { return each(add, all, count, threads); }

@@ -1,115 +1,174 @@
 /* Blocks of x^T and grad_y^T in bf16, two neighbouring tokens to a number of 32 bits, and their dot products by vdpbf16ps.
  *
  * Nothing is lost where x and grad_y are bf16: products are exact in fp32, in which they are summed. A block holds twice the tokens
- * in the same memory, there are half as many numbers to turn, and a quarter of the instructions multiply.
+ * in the same memory. Tiles are GROUP tokens of WIDE columns: sixteen bytes of each token go to a quarter of a register while they
+ * are read, so that only shuffles within quarters remain.
  */
 #pragma once
 #include "native_turn.h"
 
-#if defined(__AVX512BF16__) && LANES == 16
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && LANES == 16
 #include <immintrin.h>
 
+#define WIDE 8    /* columns of a tile */
+#define GROUP 32  /* tokens of a tile, a register of bf16 for each column */
+#define FACTORS 4 /* most factors of an input in pairs */
+
 /* Whether both are bf16 (x after its last factor), so that pairs hold them as they are. */
-static inline int in_pairs(const factor *x, int n, const factor *grad) { return x[n - 1].round == BF16 && grad->dtype == BF16; }
-
-static inline vec pair_of(bits low, bits high) {
-    vec pair;
-    bits both = low | high << 16;
-    memcpy(&pair, &both, sizeof pair);
-    return pair;
+static inline int in_pairs(const factor *x, int n, const factor *grad) {
+    return x[n - 1].round == BF16 && grad->dtype == BF16 && n <= FACTORS;
 }
 
-static inline bits half_at(const void *data, int64_t at) {
-    halves half;
-    __builtin_prefetch((const uint16_t *)data + at + NEXT);
-    memcpy(&half, (const uint16_t *)data + at, sizeof half);
-    return __builtin_convertvector(half, bits);
+/* Numbers of a column that a block of so many tokens fills. */
+static inline int numbers_of(int count) { return (count + GROUP - 1) / GROUP * LANES; }
+
+/* A factor at the tokens of a tile: where each begins, and the tokens' numbers if all columns have the same (see two_rows). */
+typedef struct {
+    const char *row[GROUP];
+    __m512 same[LANES];
+} tokens_of;
+
+/* The token in the lower or upper half of the i-th of 16 registers, so that columns_of finds them in order. */
+#define TOKEN(i, upper) ((i) / 2 + 16 * ((i) % 2) + 8 * (upper))
+
+static inline __m512 halves_of(__m256 lower, __m256 upper) { return _mm512_insertf32x8(_mm512_castps256_ps512(lower), upper, 1); }
+
+/* The tokens from t on; `last` stands for those after it. */
+static inline void tokens_at(const factor *f, int64_t t, int64_t last, tokens_of *at) {
+    int64_t size = f->dtype == F32 ? 4 : 2;
+    for (int i = 0; i < GROUP; i++) at->row[i] = (const char *)f->data + (t + i < last ? t + i : last) * f->row * size;
+    for (int i = 0; f->col == 0 && i < LANES; i++) {
+        float lower = load(at->row[TOKEN(i, 0)], 0, f->dtype), upper = load(at->row[TOKEN(i, 1)], 0, f->dtype);
+        at->same[i] = halves_of(_mm256_set1_ps(lower), _mm256_set1_ps(upper));
+    }
 }
 
-/* LANES columns from `base` on: pair[i] holds tokens t + 2i and t + 2i + 1, or `last` where they come after it. */
-static inline void pairs_at(const factor *factors, int n, int64_t t, int64_t last, int64_t base, vec *pair) {
-    if (n == 1 && factors->dtype == BF16 && factors->col == 1) {
+/* Twice eight numbers of bf16 as fp32. */
+static inline __m512 widened(const char *lower, const char *upper) {
+    const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    __m256i both = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)lower));
+    both = _mm256_inserti128_si256(both, _mm_loadu_si128((const __m128i *)upper), 1);
+    return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi256_si512(both));
+}
+
+/* WIDE columns of a factor from `base` on as fp32, two tokens to a register. */
+static inline void two_rows(const factor *f, const tokens_of *at, int64_t base, __m512 *out) {
+    if (f->col == 0) {
+        memcpy(out, at->same, sizeof at->same);
+    } else if (f->col == 1 && f->dtype == BF16) {
+        for (int i = 0; i < LANES; i++) out[i] = widened(at->row[TOKEN(i, 0)] + 2 * base, at->row[TOKEN(i, 1)] + 2 * base);
+    } else if (f->col == 1) {
         for (int i = 0; i < LANES; i++) {
-            int64_t at = t + 2 * i, low = at < last ? at : last, high = at + 1 < last ? at + 1 : last;
-            pair[i] = pair_of(half_at(factors->data, low * factors->row + base), half_at(factors->data, high * factors->row + base));
+            const float *lower = (const float *)at->row[TOKEN(i, 0)] + base, *upper = (const float *)at->row[TOKEN(i, 1)] + base;
+            out[i] = halves_of(_mm256_loadu_ps(lower), _mm256_loadu_ps(upper));
         }
-        return;
-    }
-    vec low[LANES], high[LANES];
-    product_at(factors, n, t, 2, last, base, low);
-    product_at(factors, n, t + 1, 2, last, base, high);
-    for (int i = 0; i < LANES; i++) {
-        bits a, b;
-        memcpy(&a, low + i, sizeof a);
-        memcpy(&b, high + i, sizeof b);
-        pair[i] = pair_of(a >> 16, b >> 16);
+    } else {
+        for (int i = 0; i < LANES; i++)
+            for (int c = 0; c < LANES; c++) out[i][c] = load(at->row[TOKEN(i, c / WIDE)], (base + c % WIDE) * f->col, f->dtype);
     }
 }
 
-/* The same for one column, so that a layer may be narrower than LANES. */
-static inline void pairs_of_one(const factor *factors, int n, int64_t t, int64_t last, int64_t column, vec *pair) {
-    bits low, high;
-    for (int i = 0; i < LANES; i++) {
-        int64_t at = t + 2 * i;
-        float a = one(factors, n, at < last ? at : last, column), b = one(factors, n, at + 1 < last ? at + 1 : last, column);
-        uint32_t raw[2];
-        memcpy(raw, &a, 4);
-        memcpy(raw + 1, &b, 4);
-        low[i] = raw[0] >> 16, high[i] = raw[1] >> 16;
-    }
-    *pair = pair_of(low, high);
+/* A quarter from each of the tokens i, 8 + i, 16 + i and 24 + i. */
+static inline __m512i quarters(const tokens_of *at, int i, int64_t bytes) {
+#define QUARTER(j) _mm_loadu_si128((const __m128i *)(at->row[8 * (j) + i] + bytes))
+    __m512i four = _mm512_castsi128_si512(QUARTER(0));
+    four = _mm512_inserti32x4(four, QUARTER(1), 1);
+    four = _mm512_inserti32x4(four, QUARTER(2), 2);
+    return _mm512_inserti32x4(four, QUARTER(3), 3);
+#undef QUARTER
 }
 
-/* out[c * STRIDE + u] = the products of the factors at the tokens start + 2u, start + 2u + 1 of columns[c]; zero from `count` on. */
+/* From WIDE columns of four tokens in each register to GROUP tokens of a column in each. */
+static inline void columns_of(__m512i *eight) {
+    __m512i a[WIDE], b[WIDE];
+    for (int i = 0; i < WIDE; i += 2) {
+        a[i] = _mm512_unpacklo_epi16(eight[i], eight[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi16(eight[i], eight[i + 1]);
+    }
+    for (int i = 0; i < WIDE; i += 4) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 2]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi32(a[i + 1], a[i + 3]), b[i + 3] = _mm512_unpackhi_epi32(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < WIDE / 2; i++) {
+        eight[2 * i] = _mm512_unpacklo_epi64(b[i], b[i + 4]);
+        eight[2 * i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 4]);
+    }
+}
+
+/* The product of the factors in WIDE columns from `base` on: GROUP tokens of a column in each register. */
+static inline void tile(const factor *factors, int n, const tokens_of *at, int64_t base, __m512i *eight) {
+    if (n == 1 && factors->dtype == BF16 && factors->col == 1) {
+        for (int i = 0; i < WIDE; i++) eight[i] = quarters(at, i, 2 * base);
+    } else {
+        __m512 product[LANES];
+        two_rows(factors, at, base, product);
+        for (int f = 1; f < n; f++) {
+            __m512 more[LANES];
+            int exact = f == 1 && factors->dtype == BF16, round = exact ? F32 : factors[f - 1].round;
+            two_rows(factors + f, at + f, base, more);
+            for (int i = 0; i < LANES; i++) product[i] = (__m512)rounded((vec)product[i], round) * more[i];
+        }
+        for (int i = 0; i < WIDE; i++) eight[i] = (__m512i)_mm512_cvtne2ps_pbh(product[2 * i + 1], product[2 * i]);
+    }
+    columns_of(eight);
+}
+
+/* A column of a layer narrower than a tile. */
+static inline void narrow_column(const factor *factors, int n, int64_t t, int64_t last, int64_t column, uint16_t *out) {
+    for (int i = 0; i < GROUP; i++) {
+        float value = one(factors, n, t + i < last ? t + i : last, column);
+        memcpy(out + i, (const char *)&value + 2, 2);
+    }
+}
+
+/* out[c * STRIDE + u] = the products of the factors at the tokens start + 2u, start + 2u + 1 of columns[c]; zero from `count` on, in
+ * the numbers_of(count) that are written. */
 static inline void transpose_pairs(const factor *factors, int n, int64_t start, int count, const int32_t *columns, int64_t wide,
                                    int64_t width, float *out) {
     int64_t last = start + count - 1;
-    for (int t = 0; t < count; t += 2 * LANES)
+    for (int t = 0; t < count; t += GROUP) {
+        tokens_of at[FACTORS];
+        for (int f = 0; f < n; f++) tokens_at(factors + f, start + t, last, at + f);
         for (int64_t c = 0, next = 0; c < wide; c = next) {
-            vec pair[LANES];
-            int64_t base = columns[c] < width - LANES ? columns[c] : width - LANES;
-            if (width < LANES) {
-                pairs_of_one(factors, n, start + t, last, base = columns[c], pair);
-                memcpy(out + c * STRIDE + t / 2, pair, sizeof(vec));
+            __m512i eight[WIDE];
+            int64_t base = columns[c] < width - WIDE ? columns[c] : width - WIDE;
+            if (width < WIDE) {
+                narrow_column(factors, n, start + t, last, columns[c], (uint16_t *)(out + c * STRIDE) + t);
                 next = c + 1;
                 continue;
             }
-            pairs_at(factors, n, start + t, last, base, pair);
-            turn(pair);
-            for (next = c; next < wide && columns[next] < base + LANES; next++)
-                memcpy(out + next * STRIDE + t / 2, pair + (columns[next] - base), sizeof(vec));
+            tile(factors, n, at, base, eight);
+            for (next = c; next < wide && columns[next] < base + WIDE; next++)
+                _mm512_storeu_si512(out + next * STRIDE + t / 2, eight[columns[next] - base]);
         }
-    for (int64_t c = 0; count < 2 * TOKENS && c < wide; c++) {
-        char *row = (char *)(out + c * STRIDE);
-        memset(row + 2 * count, 0, 4 * TOKENS - 2 * count);
     }
+    int filled = 2 * numbers_of(count);
+    for (int64_t c = 0; count < filled && c < wide; c++) memset((uint16_t *)(out + c * STRIDE) + count, 0, 2 * (filled - count));
 }
 
 static inline __m512 dot(__m512 sum, const float *a, const float *b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_ps(a), (__m512bh)_mm512_loadu_ps(b));
 }
 
-/* out[k] += grad . x[place[k]] for the entries of one row, as row_entries. */
-static inline void row_pairs(const float *grad, const float *x, const int32_t *place, int64_t count, float *out) {
+/* out[k] += grad . x[place[k]] over the numbers of a block, for the entries of one row, as row_entries. */
+static inline void row_pairs(const float *grad, const float *x, const int32_t *place, int64_t count, int numbers, float *out) {
     int64_t k = 0;
     for (; k + 4 <= count; k += 4) {
         __m512 sums[4];
         for (int i = 0; i < 4; i++) sums[i] = _mm512_setzero_ps();
-        for (int u = 0; u < TOKENS; u += LANES)
+        for (int u = 0; u < numbers; u += LANES)
             for (int i = 0; i < 4; i++) sums[i] = dot(sums[i], grad + u, x + (int64_t)place[k + i] * STRIDE + u);
         add_sums(narrow((vec)sums[0]), narrow((vec)sums[1]), narrow((vec)sums[2]), narrow((vec)sums[3]), out + k);
     }
     for (; k < count; k++) {
-        __m512 a = _mm512_setzero_ps(), b = a;
-        for (int u = 0; u < TOKENS; u += 2 * LANES) {
-            a = dot(a, grad + u, x + (int64_t)place[k] * STRIDE + u);
-            b = dot(b, grad + u + LANES, x + (int64_t)place[k] * STRIDE + u + LANES);
-        }
-        out[k] += sum8(narrow((vec)a + (vec)b));
+        __m512 sum = _mm512_setzero_ps();
+        for (int u = 0; u < numbers; u += LANES) sum = dot(sum, grad + u, x + (int64_t)place[k] * STRIDE + u);
+        out[k] += sum8(narrow((vec)sum));
     }
 }
 #else /* never asked: in_pairs says no */
 static inline int in_pairs(const factor *x, int n, const factor *grad) { return (void)x, (void)n, (void)grad, 0; }
+static inline int numbers_of(int count) { return (void)count, TOKENS; }
 #define transpose_pairs transpose
-#define row_pairs row_entries
+#define row_pairs(grad, x, place, count, numbers, out) ((void)(numbers), row_entries(grad, x, place, count, out))
 #endif

@@ -25,8 +25,7 @@ enum { F32 = 0, BF16 = 1 };
 /* A factor of the input: element (t, c) lies at data[t * row + c * col]; the product so far is rounded to `round` after it. */
 typedef struct {
     const void *data;
-    int64_t row, col;
-    int32_t dtype, round;
+    int64_t row, col, dtype, round;
 } factor;
 
 static inline float load(const void *data, int64_t at, int dtype) {
@@ -97,25 +96,23 @@ static inline vec neighbours(const void *data, int64_t at, int dtype) {
     return value;
 }
 
-/* A factor at LANES tokens, t and every `step`-th after it but none after `last`, and as many columns from `base` on: lanes[i] holds
- * the columns of the i-th. Each loop of its own, so that nothing is decided within it. */
-static inline void factor_at(const factor *f, int64_t t, int step, int64_t last, int64_t base, vec *lanes) {
-#define TOKEN(i) (t + step * (i) < last ? t + step * (i) : last)
+/* A factor at LANES tokens from t on and as many columns from `base` on: lanes[i] holds the columns of token t + i. Each loop of its
+ * own, so that nothing is decided within it. */
+static inline void factor_at(const factor *f, int64_t t, int64_t base, vec *lanes) {
     if (f->col == 1 && f->dtype == F32) {
-        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, TOKEN(i) * f->row + base, F32);
+        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, (t + i) * f->row + base, F32);
     } else if (f->col == 1) {
-        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, TOKEN(i) * f->row + base, BF16);
+        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, (t + i) * f->row + base, BF16);
     } else if (f->col == 0) {
-        for (int i = 0; i < LANES; i++) lanes[i] = splat(load(f->data, TOKEN(i) * f->row, f->dtype));
+        for (int i = 0; i < LANES; i++) lanes[i] = splat(load(f->data, (t + i) * f->row, f->dtype));
     } else if (f->row == 0) {
         vec all;
         for (int c = 0; c < LANES; c++) all[c] = load(f->data, (base + c) * f->col, f->dtype);
         for (int i = 0; i < LANES; i++) lanes[i] = all;
     } else {
         for (int i = 0; i < LANES; i++)
-            for (int c = 0; c < LANES; c++) lanes[i][c] = load(f->data, TOKEN(i) * f->row + (base + c) * f->col, f->dtype);
+            for (int c = 0; c < LANES; c++) lanes[i][c] = load(f->data, (t + i) * f->row + (base + c) * f->col, f->dtype);
     }
-#undef TOKEN
 }
 
 static inline void round_all(vec *lanes, int dtype) {
@@ -124,12 +121,12 @@ static inline void round_all(vec *lanes, int dtype) {
 }
 
 /* The product of the factors at LANES tokens and columns, as factor_at takes them. */
-static inline void product_at(const factor *factors, int n, int64_t t, int step, int64_t last, int64_t base, vec *lanes) {
-    factor_at(factors, t, step, last, base, lanes);
+static inline void product_at(const factor *factors, int n, int64_t t, int64_t base, vec *lanes) {
+    factor_at(factors, t, base, lanes);
     round_all(lanes, factors[0].round);
     for (const factor *f = factors + 1; f < factors + n; f++) {
         vec more[LANES];
-        factor_at(f, t, step, last, base, more);
+        factor_at(f, t, base, more);
         for (int i = 0; i < LANES; i++) lanes[i] *= more[i];
         round_all(lanes, f->round);
     }
@@ -159,7 +156,7 @@ static inline void transpose(const factor *factors, int n, int64_t start, int co
                 for (int u = t; u < t + LINE && u < count; u += LANES) {
                     int at = u < count - LANES ? u : count - LANES; /* the last ones overlap */
                     vec lanes[LANES];
-                    product_at(factors, n, start + at, 1, INT64_MAX, base, lanes);
+                    product_at(factors, n, start + at, base, lanes);
                     turn(lanes);
                     for (next = c; next < wide && columns[next] < base + LANES; next++)
                         memcpy(out + next * STRIDE + at, lanes + (columns[next] - base), sizeof(vec));

@@ -21,11 +21,12 @@ from .sampled import sampled_entries
 
 @dataclass(frozen=True)
 class Plan:
-    """A row of the table: the plan's name, its function, and in a few words how."""
+    """A row of the table: the plan's name, its function, in a few words how, and whether layers that read one input share work."""
 
     name: str
     entries: Callable[[Inputs, torch.Tensor, Layout], torch.Tensor]
     how: str
+    shares: bool = False
 
 
 PLANS = {
@@ -33,7 +34,7 @@ PLANS = {
     for plan in (
         Plan("compact", compact_entries, "dense product of touched rows and columns"),
         Plan("sampled", sampled_entries, "one dot product per kept entry, by PyTorch or Triton"),
-        Plan("native", native.native_entries, "one dot product per kept entry, compiled for this CPU"),
+        Plan("native", native.native_entries, "one dot product per kept entry, compiled for this CPU", shares=True),
         Plan("dense", dense_entries, "tiled product of all rows, gathered"),
     )
 }

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .layout import Layout
+
 _ATTENTION = tuple(
     f"ScaledDotProduct{kind}AttentionBackward0" for kind in ("Flash", "Efficient", "Cudnn", "FusedOverrideable")
 ) + ("ScaledDotProductFlashAttentionForCpuBackward0",)
@@ -38,6 +40,7 @@ class Recipe:
     shape: torch.Size
     steps: list[tuple[Callable[[], torch.Tensor], torch.dtype]] = field(default_factory=list)
     readers: int = 0  #: layers whose backward is still to come
+    shared: list[Layout] = field(default_factory=list)  #: of the layers whose plan can share what it makes of the input
     _read: list[tuple[torch.Tensor, torch.dtype]] = field(default_factory=list)
 
     def factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
@@ -75,7 +78,8 @@ def hooks_forbid() -> bool:
 
 def sharded(weight: torch.Tensor) -> bool:
     """Whether the model's weights may be somewhere else when backward comes (ZeRO-3, FSDP, DTensor)."""
-    return hasattr(weight, "ds_id") or hasattr(weight, "_fsdp_flattened") or type(weight) is not torch.nn.Parameter
+    marks = weight.__dict__  # asked at every forward, where a failing hasattr costs as much as all else
+    return "ds_id" in marks or "_fsdp_flattened" in marks or type(weight) is not torch.nn.Parameter
 
 
 def recipe_of(x: torch.Tensor) -> Recipe | None:

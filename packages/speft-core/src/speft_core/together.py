@@ -1,0 +1,69 @@
+"""All parameters of a tuner written at once, when a training forward begins, by one call of the compiled loop.
+
+Every training forward of a layer must find base + values in its weight, since optimizers and engines may change values without
+a trace. Hundreds of small writes, each between two large products, cost several times what one call for all of them does. So
+the layer that runs first writes for all others too. What was written serves a layer's next forward only: not after any backward,
+which an update may follow, and not once the weight or the values are seen to be others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .ops import native
+from .ops.recipes import sharded
+
+if TYPE_CHECKING:
+    from .slots import Slot
+
+
+class Together:
+    """The slots that are written together. Those that the compiled loop does not take (see native.writes) write for themselves."""
+
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
+        self._first: Slot | None = None  # the one that a pass through the model begins with
+        self._laid: tuple[tuple[object, ...], native.Changes, list[Slot]] | None = None
+        self._written: dict[Slot, tuple[int, int]] = {}
+
+    def add(self, slots: Iterable[Slot]) -> None:
+        """Slots of one parameter (several where it is tied)."""
+        self._slots += slots
+
+    def covers(self, slot: Slot) -> bool:
+        """Whether base + values is in the slot's weight for its training forward, now or already; to be asked once a forward."""
+        if self._first is None:
+            self._first = slot
+        if slot is self._first and slot.weight.is_cpu:
+            self._write()
+        return self._written.pop(slot, None) == _seen(slot)
+
+    def over(self) -> None:
+        """A backward has come: values may be updated."""
+        self._written.clear()
+
+    def _write(self) -> None:
+        state = tuple(part for slot in self._slots for part in _place(slot))
+        if self._laid is None or self._laid[0] != state:
+            changes, covered = {}, []
+            for slot in self._slots:
+                change = (slot.weight, slot.indices_K, slot.base_K, slot.values_K)
+                if not sharded(slot.weight) and native.writes(change):
+                    changes[slot.weight.data_ptr()] = change
+                    covered.append(slot)
+            self._laid = state, native.Changes(list(changes.values())), covered
+        _, changes_of_all, slots = self._laid
+        if slots:
+            changes_of_all.run("add")
+        self._written = {slot: _seen(slot) for slot in slots}
+
+
+def _seen(slot: Slot) -> tuple[int, int]:
+    return slot.weight.data_ptr(), slot.values_K._version
+
+
+def _place(slot: Slot) -> tuple[object, ...]:
+    """What tells whether the tensors that the compiled loop was given are still the slot's."""
+    weight, values_K = slot.weight, slot.values_K
+    return weight.data_ptr(), slot.indices_K.data_ptr(), slot.base_K.data_ptr(), values_K.data_ptr(), weight.dtype, values_K.dtype
