@@ -254,3 +254,26 @@ def test_a_state_without_the_weight_leaves_what_was_learned() -> None:
     before = loss_of(model).item()
     model.load_state_dict({"norm.weight": model.norm.weight.detach().clone()}, strict=False)
     assert tuner.values["left.weight"].any() and loss_of(model).item() == before
+
+
+@pytest.mark.parametrize("backward", PLAN_NAMES)
+def test_a_deep_copy_of_an_attached_model_trains_by_itself(backward: str) -> None:
+    model = net()
+    before = bits(model)
+    tuner = sc.attach(model, some_mask(model), train_dense=[], backward=backward)
+    train(tuner, model, 2)
+    trained = bits(model)
+    twin = copy.deepcopy(model)
+    other = twin._speft_tuner
+    assert isinstance(other, sc.Tuner) and other is not tuner and same_bits(bits(twin), trained)
+    losses = train(other, twin, 2)
+    assert same_bits(bits(model), trained) and train(tuner, model, 2) == losses  # the same steps, each in its own weights
+    values = {name: values_K.detach().clone() for name, values_K in tuner.values.items()}
+    twin.load_state_dict(trained)
+    loss_of(twin)
+    assert same_bits(bits(twin), trained)
+    assert all(torch.equal(values[name], values_K) for name, values_K in tuner.values.items())
+    other.detach()
+    assert same_bits(bits(twin), before) and list(twin.state_dict()) == list(before)
+    tuner.detach()
+    assert same_bits(bits(model), before)

@@ -151,37 +151,11 @@ class Tuner:
             parameter.requires_grad_(False)
         for parameter in self.dense.values():
             parameter.requires_grad_(True)
-        for module, slots in by_module.items():
-            self._install(module, slots)
+        self._forwards = [AttachedForward(module, slots) for module, slots in by_module.items()]
+        for forward in self._forwards:
+            forward.install()
         self._install_input_gradients()
         model._speft_tuner = self  # type: ignore[assignment]
-
-    def _install(self, module: nn.Module, slots: list[Slot]) -> None:
-        forward = AttachedForward(module, slots)
-        forward.install()
-        self._forwards.append(forward)
-        hidden = [f"{s.attribute}_values" for s in slots]
-
-        def hide(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-            for key in hidden:
-                state.pop(prefix + key, None)
-
-        loaded: list[str] = []
-
-        def before_load(_module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-            loaded[:] = [s.attribute for s in slots if prefix + s.attribute in state]
-
-        def after_load(_module: nn.Module, incompatible: Any) -> None:
-            missing = incompatible.missing_keys
-            missing[:] = [k for k in missing if k.rpartition(".")[2] not in hidden]
-            for slot in slots:
-                slot.loaded(slot.attribute in loaded)
-
-        self._hooks += [
-            module.register_state_dict_post_hook(hide),
-            module.register_load_state_dict_pre_hook(before_load),
-            module.register_load_state_dict_post_hook(after_load),
-        ]
 
     def _install_input_gradients(self) -> None:
         """Reentrant gradient checkpointing drops gradients unless a segment's input wants one; make the embeddings' output do."""

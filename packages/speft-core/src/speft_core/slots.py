@@ -8,6 +8,8 @@ Shape suffixes: K kept entries.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +69,10 @@ class Slot:
         layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))
         plan, self.reason = plan_named(self._backward, layout, weight)
         self.work = Work(plan, layout, Keeper(layout.cols_C, self._keep_dtype), self.together.over)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = enroll(self)  # a copy is another one to compiled graphs
 
     @property
     def plan(self) -> Plan | None:
@@ -170,7 +176,11 @@ class Slot:
 
 
 class AttachedForward:
-    """Replaces `module.forward` while attached; hooks, name and class of the module stay. Calls the original for all but plain Linear."""
+    """Replaces `module.forward` while attached; hooks, name and class of the module stay. Calls the original for all but plain Linear.
+
+    Hides values from the module's state_dict, and takes up weights that are loaded. A deep copy of the module has its own, so
+    hooks are methods and not closures.
+    """
 
     def __init__(self, module: nn.Module, slots: list[Slot]) -> None:
         self.module, self.slots = module, slots
@@ -178,6 +188,8 @@ class AttachedForward:
         self.bias = next((s for s in slots if s.attribute == "bias"), None)
         self.had_own = module.__dict__.get("forward")  # set on the instance by someone before us, put back on removal
         self.original = module.forward
+        self._hooks: list[Any] = []
+        self._loaded: list[str] = []  # attributes of the slots whose weights the state being loaded has
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -225,10 +237,30 @@ class AttachedForward:
     def install(self) -> None:
         """Take the forward's place."""
         self.module.forward = self
+        self._hooks = [
+            self.module.register_state_dict_post_hook(functools.partial(AttachedForward._hide, self)),  # torch marks it: no method
+            self.module.register_load_state_dict_pre_hook(self._before_load),
+            self.module.register_load_state_dict_post_hook(self._after_load),
+        ]
 
     def remove(self) -> None:
         """Give it back."""
+        for hook in self._hooks:
+            hook.remove()
         if self.had_own is None:
             del self.module.__dict__["forward"]
         else:
             self.module.forward = self.had_own
+
+    def _hide(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        for slot in self.slots:
+            state.pop(f"{prefix}{slot.attribute}_values", None)
+
+    def _before_load(self, _module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        self._loaded = [s.attribute for s in self.slots if prefix + s.attribute in state]
+
+    def _after_load(self, _module: nn.Module, incompatible: Any) -> None:
+        hidden, missing = {f"{s.attribute}_values" for s in self.slots}, incompatible.missing_keys
+        missing[:] = [k for k in missing if k.rpartition(".")[2] not in hidden]
+        for slot in self.slots:
+            slot.loaded(slot.attribute in self._loaded)

@@ -9,7 +9,7 @@ which an update may follow, and not once the weight or the values are seen to be
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .ops import native
 from .ops.recipes import sharded
@@ -26,6 +26,9 @@ class Together:
         self._first: Slot | None = None  # the one that a pass through the model begins with
         self._laid: tuple[tuple[object, ...], native.Changes, list[Slot]] | None = None
         self._written: dict[Slot, tuple[int, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_laid": None, "_written": {}}  # addresses, which a copy must not have
 
     def add(self, slots: Iterable[Slot]) -> None:
         """Slots of one parameter (several where it is tied)."""

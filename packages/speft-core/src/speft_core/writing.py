@@ -46,6 +46,9 @@ class Sum:
         self._seen: tuple[object, ...] = ()
         self._laid: tuple[native.Changes | None, Sequence[native.Change]] = (None, ())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seen": (), "_laid": (None, ())}  # addresses, which a copy must not have
+
     def write(self, weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
         """Write base + values."""
         change = (weight, indices_K, base_K, values_K)

@@ -42,6 +42,9 @@ class Layout:
         rows_R, cols_C, row_of_K, col_of_K = (t.to(narrow) for t in (rows_R, cols_C, row_of_K, col_of_K))
         return cls(shape, rows_R, cols_C, row_of_K, col_of_K, first_R, rows_R.cpu())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}  # holds addresses, which a copy must not have
+
     @property
     def nnz(self) -> int:
         """Kept entries."""
