@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +149,26 @@ def test_recomputed_layers_do_not_write_for_all_others(monkeypatch: pytest.Monke
     runs = Runs(monkeypatch)
     model(**batch).loss.backward()
     assert sum(runs.counts) <= 3 * len(tuner.values)  # all at once, each for itself, and the first layer for all once more
+
+
+def test_no_layer_looks_at_the_weights_of_another_where_they_lie_in_shards() -> None:
+    """With ZeRO-3 a look gathers them, and the whole model would be here at once."""
+    model, tuner, x = experts()
+    for name in tuner.values:
+        weight: Any = model.get_parameter(name)
+        weight.ds_id, weight.ds_status = 0, types.SimpleNamespace(name="AVAILABLE")
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            looked.append(key)
+            return super().__getitem__(key)
+
+    looked: list[str] = []
+    model.other._parameters = Watched(model.other._parameters)
+    model(x, "one").sum().backward()
+    assert not looked and holds(tuner, "first.weight") and holds(tuner, "one.weight")
+    model.other(x)
+    assert looked and holds(tuner, "other.weight")
 
 
 @needs_compiler

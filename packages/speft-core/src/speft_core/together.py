@@ -38,8 +38,8 @@ class Together:
         """Whether base + values is in the slot's weight for its training forward, now or already; to be asked once a forward."""
         if self._first is None:
             self._first = slot
-        if slot is self._first and slot.weight.is_cpu:
-            self._write()
+        if slot is self._first and slot.weight.is_cpu and not sharded(slot.weight):
+            self._write()  # with ZeRO-3, to look at another layer's weight is to gather it
         return self._written.pop(slot, None) == _seen(slot)
 
     def over(self) -> None:
