@@ -37,7 +37,7 @@ BUILD_SECONDS = 120
 TOKENS = 64  # as in native.c
 ABI = 5  # as in native.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-OTHER = -1
+OTHER = -1  # a dtype that native.c does not read
 SHARED_BYTES = 64 << 20  # most that a thread holds of an input for the layers that read it; beyond it each forms its own
 FACTOR_BYTES = 40  # struct factor of native_turn.h: five 64-bit words
 _P, _N = ctypes.c_void_p, ctypes.c_int64
@@ -169,7 +169,7 @@ class Pattern:
 def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The entries by blocked dot products, straight from the factors of the input: no gather, no dense product."""
     library, factors = _load()[0], inputs.factors
-    words = [grad_TO.data_ptr(), *grad_TO.stride(), DTYPES.get(grad_TO.dtype, OTHER), 0]  # struct factor of native_turn.h; the factors'
+    words = [grad_TO.data_ptr(), *grad_TO.stride(), DTYPES.get(grad_TO.dtype, OTHER), 0]  # struct factor of native_turn.h, as those below
     for factor, rounded in factors:
         words += factor.data_ptr(), *factor.stride(), DTYPES.get(factor.dtype, OTHER), DTYPES.get(rounded, 0)
     if library is None or OTHER in words[3::5]:
