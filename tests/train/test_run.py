@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,43 @@ def test_stopping_and_going_on_ends_at_the_same_values(
     assert (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "whole" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_signals_after_the_last_step_end_the_run_once_and_are_told(
+    tmp_path: Path,
+    execute: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    strategy: str,
+) -> None:
+    """The first comes when no step is left to ask for it; a launcher's second one while the run ends, and a third after."""
+    from speft_train import callbacks
+
+    def late(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    finish, tell = RunFolder.finish, cli._print
+
+    def second(self: RunFolder, stage: str, key: str, result: dict[str, Any]) -> None:
+        if key == "unfinished":
+            os.kill(os.getpid(), signal.SIGTERM)
+        finish(self, stage, key, result)
+
+    def third(message: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        tell(message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.StopOnSignal, "on_train_end", late)
+        patch.setattr(RunFolder, "finish", second)
+        patch.setattr(cli, "_print", third)
+        assert cli.guarded(lambda: execute(train={"save_strategy": strategy})) == 143
+    rest = "checkpoint-6 is saved, the same command goes on" if strategy == "steps" else "no checkpoint was written"
+    assert f"stopped after step 6 of 6; {rest}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+    found = execute(train={"save_strategy": strategy})
+    assert found["steps"] == 6 and len(losses(found)) == 6
 
 
 def test_a_kill_between_training_and_saving_costs_no_step(

@@ -23,12 +23,12 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, request: StopRequest, ranks: Ranks) -> None:
         self.request, self.ranks = request, ranks
-        self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """All ranks agree, so that none saves alone."""
-        if self.ranks.any(self.request.signum is not None):
-            self.stopped = True
+        """All ranks agree, so that none saves alone, and that a signal which comes to one of them later changes nothing."""
+        signum = self.ranks.max(self.request.signum or 0)
+        if signum:
+            self.request.note(signum)
             control.should_save = True
             control.should_training_stop = True
 

@@ -172,9 +172,13 @@ def run_main() -> None:
 
 def guarded(work: Callable[[], Any]) -> int:
     """Do the work; print what a user can act on in one line, and give the exit code. A bug keeps its traceback."""
+    with handled():  # also while the message is printed: a launcher's second signal may come by then
+        return _guarded(work)
+
+
+def _guarded(work: Callable[[], Any]) -> int:
     try:
-        with handled():
-            work()
+        work()
         return 0
     except UserError as error:
         return _fail(str(error))
@@ -258,7 +262,8 @@ def _print(message: str) -> None:
 
     rank = os.environ.get("RANK", "0")
     error = sys.exc_info()[1]
-    if rank == "0" or not isinstance(error, PeerError):
+    told = isinstance(error, PeerError) or (isinstance(error, Stopped) and error.by_all)
+    if rank == "0" or not told:
         one_line = " ".join(message.split())
         print(one_line if rank == "0" else f"rank {rank}: {one_line}", file=sys.stderr, flush=True)
 

@@ -6,7 +6,8 @@ process every function is trivial and torch.distributed is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,8 +16,12 @@ from speft_core.errors import UserError
 T = TypeVar("T")
 
 
+# What gloo says when a process at the other end has ended: it gives no error of its own to these.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
 class PeerError(UserError):
-    """Rank 0 failed and has told the user; the other ranks leave with this."""
+    """Another rank failed and has told the user; this one leaves with this."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,21 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self.group)
+        with _peers_that_leave():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank, on every rank."""
         if self.world == 1:
-            return flag
+            return value
         import torch
         import torch.distributed as dist
 
-        shared = torch.tensor([int(flag)])
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(shared.item())
+        shared = torch.tensor([value])
+        with _peers_that_leave():
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
+        return int(shared.item())
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0 works while the others wait; all get the result. If it fails there, all of them stop."""
@@ -72,7 +79,8 @@ class Ranks:
             except BaseException as error:
                 failure, box[1] = error, f"{type(error).__name__}: {error}"
         try:
-            dist.broadcast_object_list(box, src=0, group=self.group)
+            with _peers_that_leave():
+                dist.broadcast_object_list(box, src=0, group=self.group)
         finally:
             if failure is not None:  # also when the others are gone already
                 raise failure
@@ -84,3 +92,14 @@ class Ranks:
     def share(self, items: list[T]) -> list[T]:
         """This rank's part of a list that all ranks hold: every `world`-th item."""
         return items[self.rank :: self.world]
+
+
+@contextmanager
+def _peers_that_leave() -> Iterator[None]:
+    """PeerError instead of gloo's own when another process ended while this one waited for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in GONE):
+            raise
+        raise PeerError("another rank ended before this one; what it said tells why") from error

@@ -104,7 +104,7 @@ def evaluating(model: Any, ranks: Ranks) -> Iterator[None]:
     busy = True
 
     def start() -> None:
-        if not ranks.any(busy):
+        if not ranks.max(int(busy)):
             raise _AllAreThrough
 
     with gathering(model, start):

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM: outside training they end the run at once; while training the step is finished and saved first.
 
-A second Ctrl-C ends it at once. A second SIGTERM does not: a launcher answers Ctrl-C, which the whole process group gets, by
-sending SIGTERM to its ranks, and ends them with SIGKILL when they take too long.
+One signal is enough. Those that follow it change nothing until the process ends, since a launcher answers Ctrl-C, which the
+whole process group gets, by sending SIGTERM to its ranks, one after the other, and each may take its time. Only a second
+Ctrl-C ends the run without waiting. (The launcher ends ranks that take too long with SIGKILL.)
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 SAME_KEYSTROKE = 1.0  # seconds in which a second SIGINT is taken for the first, delivered twice
 
 
-class Stopped(Exception):
-    """A signal ended the run. The message says what was saved; `exit_code` is 130 for Ctrl-C and 143 for SIGTERM."""
+class Stopped(BaseException):
+    """A signal ended the run. The message says what was saved; `exit_code` is 130 for Ctrl-C and 143 for SIGTERM.
 
-    def __init__(self, signum: int, message: str) -> None:
+    `by_all`: every rank leaves with it, so that one may speak for all. Not an Exception, as KeyboardInterrupt is none: no
+    library's `except Exception` may go on after it.
+    """
+
+    def __init__(self, signum: int, message: str, by_all: bool = False) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+        self.by_all = by_all
 
 
 class StopRequest:
-    """Which signal has asked the training loop to stop, if any."""
+    """Which signal has asked this run to stop, if any."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -34,12 +40,17 @@ class StopRequest:
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if not self.deferred:
-            raise Stopped(signum, "interrupted")
+        if self.signum is None:
+            self.note(signum)
+            if not self.deferred:
+                raise Stopped(signum, "interrupted")
+        elif signum == signal.SIGINT and time.monotonic() - self._since > SAME_KEYSTROKE:
+            raise Stopped(signum, "interrupted a second time, so nothing more was finished or saved")
+
+    def note(self, signum: int) -> None:
+        """Take this signal for the one that stops the run: it came to this rank, or to another one first."""
         if self.signum is None:
             self.signum, self._since = signum, time.monotonic()
-        elif signum == signal.SIGINT and time.monotonic() - self._since > SAME_KEYSTROKE:
-            raise Stopped(signum, "interrupted a second time; the step is not finished and nothing was saved")
 
     @contextmanager
     def deferring(self) -> Iterator[StopRequest]:
@@ -53,7 +64,11 @@ class StopRequest:
 
 @contextmanager
 def handled() -> Iterator[StopRequest]:
-    """Install the handlers, and put the former ones back."""
+    """Install the handlers, and put the former ones back. Within another `handled` it is that one's request, to the end."""
+    outer = signal.getsignal(signal.SIGTERM)
+    if isinstance(outer, StopRequest):
+        yield outer
+        return
     request = StopRequest()
     former = {signum: signal.signal(signum, request) for signum in HANDLED}
     try:

@@ -36,7 +36,7 @@ def train(run: Run) -> Result:
     assert run.attached is not None
     args = training_args.build(run.cfg, run.ranks, run.folder.path)
     changes = dynamic.build(run)
-    trainer, stop = _trainer(run, args, changes)
+    trainer = _trainer(run, args, changes)
     batch = training_args.global_batch(run.cfg, run.ranks.world)
     total = steps_in_all(len(run.data.train), batch, args.max_steps, args.num_train_epochs)
     checkpoint = _checkpoint_to_resume(run)
@@ -68,13 +68,7 @@ def train(run: Run) -> Result:
         "trainable_parameters": run.attached.trainable,
         "history": history,
     }
-    if stop.stopped:
-        signum = max(run.ranks.gather(run.request.signum or 0))
-        run.ranks.on_main(lambda: run.folder.finish("train", "unfinished", result))
-        step = trainer.state.global_step
-        raise Stopped(
-            signum, f"stopped after step {step} of {total}; checkpoint-{step} is saved, the same command goes on from it"
-        )
+    _stop_if_asked(run, result, total)
     result |= _shares(run, trainer)
     engine.take_back(trainer.model_wrapped, run.attached.model, ordinary)
     if run.attached.tuner is not None:
@@ -86,14 +80,30 @@ def train(run: Run) -> Result:
     return result
 
 
-def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> tuple[Any, Any]:
+def _stop_if_asked(run: Run, result: Result, total: int) -> None:
+    """Stopped on all ranks if any got a signal while training, be it after the last step."""
+    signum = max(run.ranks.gather(run.request.signum or 0))
+    if not signum:
+        return
+    run.request.note(signum)
+
+    def leave() -> str | None:
+        run.folder.finish("train", "unfinished", result)
+        found = checkpoints.complete(run.folder.path)
+        return found[-1].name if found else None
+
+    name = run.ranks.on_main(leave)
+    rest = f"{name} is saved, the same command goes on from it" if name else "no checkpoint was written, training starts anew"
+    raise Stopped(signum, f"stopped after step {result['steps']} of {total}; {rest}", by_all=True)
+
+
+def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> Any:
     from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
     from . import callbacks, tensorboard_log, trainer
 
     assert run.attached is not None
-    stop = callbacks.StopOnSignal(run.request, run.ranks)
-    extra: list[Any] = [stop]
+    extra: list[Any] = [callbacks.StopOnSignal(run.request, run.ranks)]
     if changes is not None:
         extra.append(dynamic.ChangeMask(changes, run.folder.path, run.ranks.is_main, run.say))
     if run.ranks.is_main:
@@ -123,7 +133,7 @@ def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> tuple[Any, 
     made.remove_callback(PrinterCallback)
     if made.whole_logits is not None and run.cfg.model.task == "causal_lm":
         run.say(f"  logits of every position are computed: {made.whole_logits}")
-    return made, stop
+    return made
 
 
 def _own_decay(run: Run) -> dict[str, float]:
