@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -193,6 +194,25 @@ def test_a_dtype_is_slow_where_pytorch_has_no_kernel_for_it(
     assert slow(torch.bfloat16) is (bf16 is False)  # where PyTorch does not say, its own product is used
     assert slow(torch.float16) is (fp16 is False)
     assert not slow(torch.float32) and not slow(torch.float64)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lead", [(), (5,), (2, 5), (2, 1, 5), (2, 0)], ids=str)
+def test_tokens_may_have_any_shape_and_order(
+    monkeypatch: pytest.MonkeyPatch, lead: tuple[int, ...], dtype: torch.dtype, wide: bool
+) -> None:
+    monkeypatch.setattr(matmul, "wider_is_faster", lambda d: wide and d == torch.bfloat16)
+    weight_OI, grad_y = torch.randn(7, 4).to(dtype), torch.randn(*lead, 7).to(dtype)
+    expected = grad_input(grad_y.reshape(math.prod(lead), 7), weight_OI).view(*lead, 4)
+    assert torch.equal(grad_input(grad_y, weight_OI), expected)
+    apart = torch.empty(*lead, 14, dtype=dtype)[..., ::2].copy_(grad_y)
+    assert torch.equal(grad_input(apart, weight_OI), expected)
+    if len(lead) > 1:
+        turned = grad_y.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(grad_input(turned, weight_OI), expected)
+        alike = torch.randn(7).to(dtype).expand(*lead, 7)  # as of a sum
+        assert torch.equal(grad_input(alike, weight_OI), grad_input(alike.contiguous(), weight_OI))
 
 
 @pytest.mark.parametrize("elements", [1, 64, 1 << 22])

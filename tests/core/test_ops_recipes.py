@@ -14,6 +14,7 @@ import speft_core as sc
 from attached import some_mask
 from speft_core.ops.inputs import Inputs
 from speft_core.ops.layout import Layout
+from speft_core.ops.native import native_entries
 from speft_core.ops.recipes import Recipe, hooks_forbid, recipe_of, sharded
 
 SHAPE = (2, 5, 8)
@@ -66,7 +67,7 @@ OTHER: dict[str, Callable[[], torch.Tensor]] = {
 
 def gathered(recipe: Recipe, layout: Layout) -> torch.Tensor:
     """The layout's columns of the input, from the factors."""
-    inputs = Inputs(recipe.factors())
+    inputs = Inputs(recipe.factors(), recipe=recipe)
     return inputs.gather(inputs.picks(layout))
 
 
@@ -81,6 +82,23 @@ def test_the_input_is_made_again_to_the_bit(name: str, dtype: torch.dtype) -> No
     x_TI = x.detach().reshape(-1, 8)
     assert torch.equal(gathered(recipe, everything), x_TI)
     assert torch.equal(gathered(recipe, some), x_TI[:, [1, 2, 6]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(MADE))
+def test_the_compiled_plan_reads_the_factors_where_they_lie(name: str, dtype: torch.dtype) -> None:
+    """The same bits as from the input itself, for all readers, with grad_y in any shape and order."""
+    x = MADE[name](dtype)
+    layout = Layout.of(torch.tensor([0, 3, 9, 22, 23, 33], dtype=torch.int32), (5, 8))
+    grad_y = torch.randn(*x.shape[:-1], 5).to(dtype)
+    expected_K = native_entries(Inputs([(x.detach().reshape(-1, 8), dtype)]), grad_y.reshape(-1, 5), layout)
+    recipe = recipe_of(x)
+    assert recipe is not None
+    recipe.readers = 3
+    for given in (grad_y, grad_y.mT.contiguous().mT, grad_y.reshape(-1, 5)):
+        found_K = native_entries(Inputs(recipe.factors(), recipe=recipe), given, layout)
+        assert torch.equal(found_K, expected_K)
+    assert not recipe._read
 
 
 @pytest.mark.parametrize("name", list(OTHER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,9 @@ def test_event_files_are_what_tensorboard_reads(tmp_path: Path) -> None:
 
 
 def test_peak_memory_grows_with_use() -> None:
+    gc.collect()  # what earlier tests left would be given back meanwhile
     memory.reset_peak()
     before = memory.peak_bytes()
-    block = bytearray(64 << 20)
+    block = bytearray(256 << 20)
     block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
-    assert memory.peak_bytes() - before > 32 << 20
+    assert memory.peak_bytes() - before > 128 << 20

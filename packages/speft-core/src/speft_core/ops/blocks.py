@@ -16,19 +16,20 @@ TILE_ROWS = {"cpu": 1, "cuda": 128}  # the rows of a tile are a multiple of it
 WHOLE_ABOVE = {"cpu": 1.0, "cuda": 0.8}  # share of rows or columns from which on a gather costs more than it saves
 
 
-def compact_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
+def compact_entries(inputs: Inputs, grad_y: torch.Tensor, layout: Layout) -> torch.Tensor:
     """One dense product over touched rows and columns, a tile of rows at a time; the entries are picked from each tile."""
     if layout.nnz == 0:
-        return _nothing(grad_TO)
+        return _nothing(grad_y)
+    grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
     rows = layout.derived("rows", lambda: Cut.of(layout.rows_R, layout.shape[0], WHOLE_ABOVE[kind_of(grad_TO)]))
     return _entries(inputs, grad_TO, layout, rows, "compact")
 
 
-def dense_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
+def dense_entries(inputs: Inputs, grad_y: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The product of all rows with the kept columns, a tile of rows at a time, picked at the entries; bounded memory."""
     if layout.nnz == 0:
-        return _nothing(grad_TO)
-    return _entries(inputs, grad_TO, layout, Cut(None, layout.shape[0], layout.rows_R), "dense")
+        return _nothing(grad_y)
+    return _entries(inputs, grad_y.reshape(-1, grad_y.shape[-1]), layout, Cut(None, layout.shape[0], layout.rows_R), "dense")
 
 
 def _entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout, rows: Cut, name: str) -> torch.Tensor:
@@ -67,5 +68,5 @@ def _step(rows: int, columns: int, kind: str) -> int:
     return -(-alike // even) * even
 
 
-def _nothing(grad_TO: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(0, dtype=torch.promote_types(grad_TO.dtype, torch.float32), device=grad_TO.device)
+def _nothing(grad_y: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.promote_types(grad_y.dtype, torch.float32), device=grad_y.device)

@@ -71,12 +71,11 @@ def linear_backward(
     """grad_x in the shape of x (an empty tensor unless `with_x`), and the gradient of the K kept entries."""
     slot, layout = _slots[number], _layout(number, grad_y.device)
     slot.together.over()
-    grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
     inputs = Inputs([(kept_TC, kept_TC.dtype)], layout.cols_C, "own")
-    grad_values_K = slot.plan.entries(inputs, grad_TO, layout).to(slot.values_K.dtype)
+    grad_values_K = slot.plan.entries(inputs, grad_y, layout).to(slot.values_K.dtype)
     if not with_x:
         return grad_y.new_empty(0), grad_values_K
-    return grad_input(grad_TO, weight).view(*grad_y.shape[:-1], weight.shape[1]), grad_values_K
+    return grad_input(grad_y, weight), grad_values_K
 
 
 @linear_backward.register_fake

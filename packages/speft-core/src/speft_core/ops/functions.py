@@ -50,7 +50,7 @@ class SparseLinear(torch.autograd.Function):
         rewrite: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         ctx.work, ctx.rewrite = work, rewrite
-        ctx.x_shape, ctx.x_dtype, ctx.values_dtype = x.shape, x.dtype, values_K.dtype
+        ctx.x_dtype, ctx.values_dtype = x.dtype, values_K.dtype
         given = x
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not reach into backward: cast here as it would, and keep the weight itself, not its cast copy.
@@ -77,7 +77,6 @@ class SparseLinear(torch.autograd.Function):
         weight, kept = ctx.saved_tensors
         wants_x, _, wants_bias, wants_values = ctx.needs_input_grad[:4]
         grad_x = grad_bias = grad_values_K = None
-        grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
         if work.over is not None:
             work.over()
         if wants_values:
@@ -87,13 +86,13 @@ class SparseLinear(torch.autograd.Function):
                 inputs = Inputs(factors, recipe=ctx.recipe)
             else:
                 inputs = Inputs([(kept, ctx.low)], ctx.columns_U, ctx.key)
-            grad_values_K = _cast(work.plan.entries(inputs, grad_TO, work.layout), ctx.values_dtype)
+            grad_values_K = _cast(work.plan.entries(inputs, grad_y, work.layout), ctx.values_dtype)
         if wants_x:
             if ctx.rewrite is not None:
                 ctx.rewrite()
-            grad_x = _cast(grad_input(grad_TO, weight).view(ctx.x_shape), ctx.x_dtype)
+            grad_x = _cast(grad_input(grad_y, weight), ctx.x_dtype)
         if wants_bias:
-            grad_bias = grad_TO.sum(0)
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
         return grad_x, None, grad_bias, grad_values_K, None, None, None
 
 

@@ -12,21 +12,31 @@ import torch
 
 from . import triton_turn
 from .layout import Layout
-from .recipes import Recipe
+from .recipes import Recipe, as_rows
 
 
 @dataclass(slots=True, eq=False)  # frozen costs microseconds, and one is made for every layer and step
 class Inputs:
-    """The input [T, I] as a product of factors, each a [T, I] view and the dtype that the product so far is rounded to.
+    """The input [T, I] as a product of factors, each with the dtype that the product so far is rounded to.
 
-    columns_U: which columns of the input the factors hold (sorted), or None for all of them. key: names `columns_U`, so that
-    what is derived from it can be remembered. recipe: where the factors come from, if it serves several layers.
+    given: the factors [T, I], or as the recipe gave them. columns_U: which columns of the input they hold (sorted), or None for
+    all of them. key: names `columns_U`, so that what is derived from it can be remembered. recipe: where they come from.
     """
 
-    factors: list[tuple[torch.Tensor, torch.dtype]]
+    given: list[tuple[torch.Tensor, torch.dtype]]
     columns_U: torch.Tensor | None = None
     key: Hashable = None
     recipe: Recipe | None = None
+    _rows: list[tuple[torch.Tensor, torch.dtype]] | None = None
+
+    @property
+    def factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
+        """The factors, each [T, I]."""
+        if self._rows is None:
+            self._rows = self.given
+            if self.recipe is not None:
+                self._rows = [(as_rows(factor, self.recipe.shape), dtype) for factor, dtype in self.given]
+        return self._rows
 
     def places(self, layout: Layout) -> torch.Tensor:
         """Where the layout's columns lie among the factors' columns."""

@@ -163,26 +163,37 @@ class Pattern:
         self.address = ctypes.addressof(self.struct)
         self.entries = layout.nnz
         self.scratch: dict[int, int] = {}  #: number of parts -> bytes
+        self.sizes: dict[tuple[int, ...], int] = {}  #: what the blocks depend on -> their bytes
         self.shared: tuple[Layout, ...] = ()  #: the layouts whose columns are among its columns
 
 
-def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The entries by blocked dot products, straight from the factors of the input: no gather, no dense product."""
-    library, factors = _load()[0], inputs.factors
-    words = [grad_TO.data_ptr(), *grad_TO.stride(), DTYPES.get(grad_TO.dtype, OTHER), 0]  # struct factor of native_turn.h, as those below
-    for factor, rounded in factors:
-        words += factor.data_ptr(), *factor.stride(), DTYPES.get(factor.dtype, OTHER), DTYPES.get(rounded, 0)
+def native_entries(inputs: Inputs, grad_y: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The entries by blocked dot products, straight from the factors of the input: no gather, no dense product.
+
+    Plain code: it runs hundreds of times a step, each time with cold caches, where every call of a tensor's method shows.
+    """
+    library, recipe, (outputs, width) = _load()[0], inputs.recipe, layout.shape
+    if not grad_y.is_contiguous():
+        grad_y = grad_y.reshape(-1, outputs)
+    row, col = (outputs, 1) if grad_y.is_contiguous() else grad_y.stride()
+    words = [grad_y.data_ptr(), row, col, DTYPES.get(grad_y.dtype, OTHER), 0]  # struct factor of native_turn.h, as those below
+    words += _words(inputs)
+    words[-1] = DTYPES.get(inputs.given[-1][1], 0)  # each reader's own
+    if recipe is None:
+        width = inputs.given[0][0].shape[1]
     if library is None or OTHER in words[3::5]:
-        return sampled_entries(inputs, grad_TO, layout)
-    packed = array("q", words)
-    at, tokens, width = packed.buffer_info()[0], grad_TO.shape[0], factors[0][0].shape[1]
+        return sampled_entries(inputs, grad_y, layout)
+    packed, tokens = array("q", words), grad_y.numel() // max(1, outputs)
+    at, count = packed.buffer_info()[0], len(words) // 5 - 1
     parts = max(1, min(_threads(), -(-tokens // TOKENS)))
-    recipe, blocks, fill = inputs.recipe, 0, 1
+    blocks, fill = 0, 1
     if recipe is not None and len(recipe.shared) > 1:
-        pattern = pattern_of_all(layout, recipe.shared, width)
-        size = library.speft_blocks(pattern.address, at + FACTOR_BYTES, len(factors), at, tokens, parts)
+        pattern, made = pattern_of_all(layout, recipe.shared, width), (tokens, parts, words[3], words[-1], count)
+        size = pattern.sizes.get(made)
+        if size is None:
+            size = pattern.sizes[made] = library.speft_blocks(pattern.address, at + FACTOR_BYTES, count, at, tokens, parts)
         if size <= SHARED_BYTES:
-            blocks, fill = _blocks(size, recipe, (tokens, parts, words[3], words[-1]))
+            blocks, fill = _blocks(size, recipe, made)
     if not blocks:
         pattern = layout.derived(("native", inputs.key, width), lambda: Pattern(layout, inputs.places(layout), width))
     out_K = torch.empty(pattern.entries, dtype=torch.float32)
@@ -190,9 +201,40 @@ def native_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> tor
         pattern.scratch[parts] = library.speft_scratch(pattern.address, parts)
     scratch = _scratch(pattern.scratch[parts])
     library.speft_entries(
-        pattern.address, at + FACTOR_BYTES, len(factors), at, tokens, parts, scratch.data_ptr(), out_K.data_ptr(), blocks, fill
+        pattern.address, at + FACTOR_BYTES, count, at, tokens, parts, scratch.data_ptr(), out_K.data_ptr(), blocks, fill
     )
     return out_K
+
+
+def _words(inputs: Inputs) -> list[int]:
+    """The factors as native.c reads them: where each begins, how far it is from a token to the next and from a column to the
+    next, dtypes. Made once for all readers of a recipe, and without views of the usual shapes."""
+    recipe = inputs.recipe
+    if recipe is not None and recipe.words:
+        return recipe.words
+    words: list[int] = []
+    shape, copied = None if recipe is None else recipe.shape, False
+    for place, (factor, rounded) in enumerate(inputs.given):
+        steps: Sequence[int] | None = None
+        if shape is not None and factor.is_contiguous():
+            steps = _steps(factor.shape, shape)
+        if steps is None:
+            row_by_row = inputs.factors[place][0]
+            copied = copied or row_by_row.data_ptr() != factor.data_ptr()
+            factor, steps = row_by_row, row_by_row.stride()
+        words += factor.data_ptr(), *steps, DTYPES.get(factor.dtype, OTHER), DTYPES.get(rounded, 0)
+    if recipe is not None and not copied:  # a copy lives as long as these inputs
+        recipe.words = words
+    return words
+
+
+def _steps(own: torch.Size, shape: torch.Size) -> tuple[int, int] | None:
+    """The two distances of a contiguous factor of size `own` that expands to `shape`, where that is plain to see."""
+    if own == shape:
+        return shape[-1], 1
+    if own == shape[-1:]:
+        return 0, 1
+    return (1, 0) if own == (*shape[:-1], 1) else None
 
 
 def pattern_of_all(layout: Layout, readers: Sequence[Layout], width: int) -> Pattern:

@@ -1,7 +1,7 @@
 """The backward plans: ways to get k entries of grad_yᵀ x without the dense product. A table; `auto` picks a row.
 
-A plan's function runs in backward and returns the gradient of the K kept entries, in fp32 (float64 for float64 inputs).
-Each equals reference.weight_gradient_entries.
+A plan's function runs in backward: from the input [T, I] and grad_y [..., O] it makes the gradient of the K kept entries, in fp32
+(float64 for float64 inputs). Each equals reference.weight_gradient_entries.
 """
 
 from __future__ import annotations

@@ -41,27 +41,35 @@ class Recipe:
     steps: list[tuple[Callable[[], torch.Tensor], torch.dtype]] = field(default_factory=list)
     readers: int = 0  #: layers whose backward is still to come
     shared: list[Layout] = field(default_factory=list)  #: of the layers whose plan can share what it makes of the input
+    words: list[int] = field(default_factory=list)  #: the factors as native.c reads them, if it was asked
     _read: list[tuple[torch.Tensor, torch.dtype]] = field(default_factory=list)
 
     def factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
-        """Each factor as a view of [T, I], and the dtype that the product is rounded to after it. To be called in backward.
+        """Each factor as it was saved, of a shape that expands to this one, and the dtype that the product is rounded to after it.
 
-        They are read once for all readers, and held until the last has come.
+        To be called in backward. They are read once for all readers, and held until the last has come.
         """
         self.readers -= 1
-        found = self._read or self._factors()
-        self._read = found if self.readers > 0 else []
+        if not self._read:
+            self._read, self.words = self._factors(), []
+        found = self._read
+        if self.readers <= 0:
+            self._read = []
         return list(found)
 
     def _factors(self) -> list[tuple[torch.Tensor, torch.dtype]]:
-        found = []
+        found, with_graph = [], torch.is_grad_enabled()  # plain code: read for hundreds of layers a step, with cold caches
         for read, dtype in self.steps:
-            factor = read().detach()
-            factor = factor if factor.is_floating_point() else factor.to(dtype)
-            if factor.shape != self.shape:
-                factor = factor.expand(self.shape)
-            found.append((factor.reshape(-1, self.shape[-1]), dtype))
+            factor = read()
+            if with_graph:
+                factor = factor.detach()
+            found.append((factor if factor.is_floating_point() else factor.to(dtype), dtype))
         return found
+
+
+def as_rows(factor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[T, I]: a factor expanded to the input's `shape`, as a view where its strides allow one."""
+    return (factor if factor.shape == shape else factor.expand(shape)).reshape(-1, shape[-1])
 
 
 def hooks_forbid() -> bool:

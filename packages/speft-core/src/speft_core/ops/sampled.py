@@ -14,11 +14,12 @@ from .inputs import Inputs
 from .layout import Layout
 
 
-def sampled_entries(inputs: Inputs, grad_TO: torch.Tensor, layout: Layout) -> torch.Tensor:
+def sampled_entries(inputs: Inputs, grad_y: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Sampled dense-dense product (SDDMM) over touched rows and columns: T multiplications an entry, no dense product.
 
     On CUDA by Triton kernels, where Triton is there; else PyTorch's own, in fp32.
     """
+    grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
     if triton_turn.usable(grad_TO, *(factor for factor, _ in inputs.factors)):
         return triton_sddmm.entries(inputs, grad_TO, layout)
     x_TC = inputs.gather(inputs.picks(layout))
