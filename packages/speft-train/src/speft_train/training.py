@@ -82,7 +82,7 @@ def train(run: Run) -> Result:
 
 def _stop_if_asked(run: Run, result: Result, total: int) -> None:
     """Stopped on all ranks if any got a signal while training, be it after the last step."""
-    signum = max(run.ranks.gather(run.request.signum or 0))
+    signum = run.ranks.max(run.request.signum or 0)
     if not signum:
         return
     run.request.note(signum)
