@@ -1,9 +1,10 @@
-"""The input gradient of a linear layer in every form that `ops/matmul.py` chooses from: which one this CPU is faster at.
+"""A linear layer's products in every form that `ops/matmul.py` chooses from: which one this CPU is faster at.
 
     python benchmarks/products.py --tokens 1024 --rounds 15
 
-In bf16, against the same formed in fp32 and rounded; in fp32 by PyTorch's own product (MKL's), against oneDNN's. `ops/matmul.py`
-chooses by the kind of CPU, so that a run's bits do not depend on a stopwatch; this shows whether it chose well.
+The input gradient in bf16, against the same formed in fp32 and rounded; in fp32 by PyTorch's own product (MKL's), against oneDNN's.
+`ops/matmul.py` chooses by the kind of CPU, so that a run's bits do not depend on a stopwatch; this shows whether it chose well. Then
+input gradient and forward in bf16 in pieces of tokens, which give the same bits; `ops/pieces.py` chooses on the clock, with AMX.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Callable
 import torch
 from report import machine
 
-from speft_core.ops.matmul import has_onednn, onednn_is_faster, onednn_product, wider_is_faster
+from speft_core.ops import pieces
+from speft_core.ops.matmul import has_onednn, has_tiles, onednn_is_faster, onednn_product, wider_is_faster
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
 
@@ -61,6 +63,18 @@ def main() -> None:
         )
         first = f"{found['bf16']:8.2f} {found['rounded']:18.2f} {found['rounded'] / found['bf16']:7.2f}"
         print(f"{rows:>5} x {columns:<5} {first} {found['fp32']:9.2f} {found['onednn']:13.2f} {found['onednn'] / found['fp32']:7.2f}")
+    print(f"\nbf16 in pieces of at most {pieces.PIECE_TOKENS} tokens{'' if has_tiles() else ' (not used here, without AMX)'}")
+    print("layer         input gradient   in pieces   ratio   same bits   forward   in pieces   ratio   same bits")
+    for rows, columns in SHAPES:
+        grad_TO, x_TI = torch.randn(asked.tokens, rows).bfloat16(), torch.randn(asked.tokens, columns).bfloat16()
+        weight_OI = torch.randn(rows, columns).bfloat16()
+        cells = []
+        for left, right in ((grad_TO, weight_OI), (x_TI, weight_OI.t())):
+            forms = {"whole": lambda a=left, b=right: a @ b, "pieces": lambda a=left, b=right: pieces.in_pieces(a, b)}
+            found = milliseconds(forms, asked.rounds)
+            same = "yes" if torch.equal(left @ right, pieces.in_pieces(left, right)) else "no"
+            cells.append(f"{found['whole']:9.2f} {found['pieces']:11.2f} {found['pieces'] / found['whole']:7.2f} {same:>11}")
+        print(f"{rows:>5} x {columns:<5}      {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from .inputs import Inputs
 from .keep import Keeper, kept_columns
 from .layout import Layout
-from .matmul import grad_input
+from .matmul import grad_input, linear
 from .plans import Plan
 from .recipes import Recipe
 
@@ -56,9 +55,9 @@ class SparseLinear(torch.autograd.Function):
             # Autocast does not reach into backward: cast here as it would, and keep the weight itself, not its cast copy.
             low = torch.get_autocast_dtype(x.device.type)
             x = x.to(low)
-            y = functional.linear(x, weight.to(low), None if bias is None else bias.to(low))
+            y = linear(x, weight.to(low), None if bias is None else bias.to(low))
         else:
-            y = functional.linear(x, weight, bias)
+            y = linear(x, weight, bias)
         ctx.low, ctx.recipe, kept = x.dtype, None, None
         if ctx.needs_input_grad[3]:
             if recipe is not None:

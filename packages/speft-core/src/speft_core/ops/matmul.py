@@ -11,6 +11,9 @@ import threading
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
+
+from . import pieces
 
 TILE_ELEMENTS = 1 << 22  # elements of the weight widened at a time: 16 MB of fp32
 TILE_TOKENS = 1024  # tokens of grad_y widened at a time
@@ -69,6 +72,13 @@ def onednn_is_faster() -> bool:
     return "AMD" in str(found.get("cpu_name")) and bool(found.get("avx512_f"))
 
 
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """x [..., I] times weight_OI transposed, plus bias_O: functional.linear with its bits, without a derivative."""
+    if bias_O is None and has_tiles():
+        return pieces.product(x, weight_OI.t(), torch.matmul)
+    return functional.linear(x, weight_OI, bias_O)
+
+
 def grad_input(grad_y: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """grad_y [..., O] times weight_OI, [..., I] in grad_y's dtype, by the library that is fastest on this machine. On a CPU where
     fp32 is faster: in fp32, a tile at a time.
@@ -86,7 +96,9 @@ def grad_input(grad_y: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 def _product(grad_y: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     if weight_OI.dtype != grad_y.dtype:
         weight_OI = weight_OI.to(grad_y.dtype)
-    return onednn_product(grad_y, weight_OI) if _takes_onednn(grad_y, weight_OI) else grad_y @ weight_OI
+    if _takes_onednn(grad_y, weight_OI):
+        return onednn_product(grad_y, weight_OI)
+    return pieces.product(grad_y, weight_OI, torch.matmul) if has_tiles() else grad_y @ weight_OI
 
 
 def _in_tiles(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

@@ -240,7 +240,7 @@ def _steps(own: torch.Size, shape: torch.Size) -> tuple[int, int] | None:
 def pattern_of_all(layout: Layout, readers: Sequence[Layout], width: int) -> Pattern:
     """The layout among the columns that any of the readers of one input needs."""
     known: Pattern | None = layout.derived(("native", "shared", width), lambda: None)
-    if known is None or len(known.shared) != len(readers) or any(a is not b for a, b in zip(known.shared, readers, strict=True)):
+    if known is None or known.shared != tuple(readers):  # layouts are equal to themselves alone
         union_U = torch.cat([reader.cols_C for reader in readers]).unique()
         place_K = torch.searchsorted(union_U, layout.cols_C).index_select(0, layout.col_of_K)
         known = layout._derived["native", "shared", width] = Pattern(layout, union_U, width, place_K)

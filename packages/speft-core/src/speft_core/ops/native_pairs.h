@@ -31,6 +31,9 @@ typedef struct {
 /* The token in the lower or upper half of the i-th of 16 registers, so that columns_of finds them in order. */
 #define TOKEN(i, upper) ((i) / 2 + 16 * ((i) % 2) + 8 * (upper))
 
+/* The cache line after the one that is read here: tiles follow each other, in more streams than processors follow themselves. */
+static inline void fetch(const void *data) { __builtin_prefetch((const char *)data + 64); }
+
 static inline __m512 halves_of(__m256 lower, __m256 upper) { return _mm512_insertf32x8(_mm512_castps256_ps512(lower), upper, 1); }
 
 /* The tokens from t on; `last` stands for those after it. */
@@ -56,10 +59,15 @@ static inline void two_rows(const factor *f, const tokens_of *at, int64_t base, 
     if (f->col == 0) {
         memcpy(out, at->same, sizeof at->same);
     } else if (f->col == 1 && f->dtype == BF16) {
-        for (int i = 0; i < LANES; i++) out[i] = widened(at->row[TOKEN(i, 0)] + 2 * base, at->row[TOKEN(i, 1)] + 2 * base);
+        for (int i = 0; i < LANES; i++) {
+            const char *lower = at->row[TOKEN(i, 0)] + 2 * base, *upper = at->row[TOKEN(i, 1)] + 2 * base;
+            fetch(lower), fetch(upper);
+            out[i] = widened(lower, upper);
+        }
     } else if (f->col == 1) {
         for (int i = 0; i < LANES; i++) {
             const float *lower = (const float *)at->row[TOKEN(i, 0)] + base, *upper = (const float *)at->row[TOKEN(i, 1)] + base;
+            fetch(lower), fetch(upper);
             out[i] = halves_of(_mm256_loadu_ps(lower), _mm256_loadu_ps(upper));
         }
     } else {
@@ -70,6 +78,7 @@ static inline void two_rows(const factor *f, const tokens_of *at, int64_t base, 
 
 /* A quarter from each of the tokens i, 8 + i, 16 + i and 24 + i. */
 static inline __m512i quarters(const tokens_of *at, int i, int64_t bytes) {
+    for (int j = 0; j < 4; j++) fetch(at->row[8 * j + i] + bytes);
 #define QUARTER(j) _mm_loadu_si128((const __m128i *)(at->row[8 * (j) + i] + bytes))
     __m512i four = _mm512_castsi128_si512(QUARTER(0));
     four = _mm512_inserti32x4(four, QUARTER(1), 1);
@@ -146,19 +155,30 @@ static inline void transpose_pairs(const factor *factors, int n, int64_t start, 
     for (int64_t c = 0; count < filled && c < wide; c++) memset((uint16_t *)(out + c * STRIDE) + count, 0, 2 * (filled - count));
 }
 
-static inline __m512 dot(__m512 sum, const float *a, const float *b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_ps(a), (__m512bh)_mm512_loadu_ps(b));
+/* By memcpy: GCC 12 takes a cast of loaded floats through the stack, for every product. */
+static inline __m512bh pairs_at(const float *a) {
+    __m512bh value;
+    memcpy(&value, a, sizeof value);
+    return value;
 }
+
+static inline __m512 dot(__m512 sum, const float *a, const float *b) { return _mm512_dpbf16_ps(sum, pairs_at(a), pairs_at(b)); }
 
 /* out[k] += grad . x[place[k]] over the numbers of a block, for the entries of one row, as row_entries. */
 static inline void row_pairs(const float *grad, const float *x, const int32_t *place, int64_t count, int numbers, float *out) {
     int64_t k = 0;
     for (; k + 4 <= count; k += 4) {
-        __m512 sums[4];
-        for (int i = 0; i < 4; i++) sums[i] = _mm512_setzero_ps();
-        for (int u = 0; u < numbers; u += LANES)
-            for (int i = 0; i < 4; i++) sums[i] = dot(sums[i], grad + u, x + (int64_t)place[k + i] * STRIDE + u);
-        add_sums(narrow((vec)sums[0]), narrow((vec)sums[1]), narrow((vec)sums[2]), narrow((vec)sums[3]), out + k);
+        const float *x0 = x + (int64_t)place[k] * STRIDE, *x1 = x + (int64_t)place[k + 1] * STRIDE;
+        const float *x2 = x + (int64_t)place[k + 2] * STRIDE, *x3 = x + (int64_t)place[k + 3] * STRIDE;
+        __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+        for (int64_t u = 0; u < numbers; u += LANES) {
+            __m512bh g = pairs_at(grad + u);
+            a = _mm512_dpbf16_ps(a, g, pairs_at(x0 + u));
+            b = _mm512_dpbf16_ps(b, g, pairs_at(x1 + u));
+            c = _mm512_dpbf16_ps(c, g, pairs_at(x2 + u));
+            d = _mm512_dpbf16_ps(d, g, pairs_at(x3 + u));
+        }
+        add_sums(narrow((vec)a), narrow((vec)b), narrow((vec)c), narrow((vec)d), out + k);
     }
     for (; k < count; k++) {
         __m512 sum = _mm512_setzero_ps();

@@ -19,6 +19,7 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
 enum { F32 = 0, BF16 = 1 };
 
@@ -176,12 +177,18 @@ static inline v8 narrow(vec a) {
 #endif
 }
 
-static inline float sum8(v8 a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
+static inline float sum8(v8 a) {
+    v4 four = MIX(a, a, 0, 1, 2, 3) + MIX(a, a, 4, 5, 6, 7);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
 
 /* out[i] += the sum of the i-th: four sums of eight at once. */
 static inline void add_sums(v8 a, v8 b, v8 c, v8 d, float *out) {
     v8 low = MIX(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + MIX(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
     v8 high = MIX(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + MIX(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
     v8 sums = MIX(low, high, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
-    for (int i = 0; i < 4; i++) out[i] += sums[i] + sums[i + 4];
+    v4 four;
+    memcpy(&four, out, sizeof four);
+    four += MIX(sums, sums, 0, 1, 2, 3) + MIX(sums, sums, 4, 5, 6, 7);
+    memcpy(out, &four, sizeof four);
 }
