@@ -4,7 +4,8 @@
 
 The input gradient in bf16, against the same formed in fp32 and rounded; in fp32 by PyTorch's own product (MKL's), against oneDNN's.
 `ops/matmul.py` chooses by the kind of CPU, so that a run's bits do not depend on a stopwatch; this shows whether it chose well. Then
-input gradient and forward in bf16 in pieces of tokens, which give the same bits; `ops/pieces.py` chooses on the clock, with AMX.
+input gradient and forward in bf16 in pieces of tokens, and whether the bits are the same; with AMX `ops/pieces.py` chooses on the clock
+among those whose bits are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A bf16 product by AMX in pieces of fewer tokens, where the library is faster at those and the bits are the same.
 
-oneDNN gives some shapes one thread: of two threads 1,024 tokens x 1536 x 576 have one, 512 tokens both (1.09 and 1.72 TFLOP/s;
-`python benchmarks/products.py`). Which shapes these are depends on the number of threads and on oneDNN's version, so each shape that
-comes again is tried once, on the clock. Pieces are taken only if they gave the whole product's bits, so no result depends on a clock.
+oneDNN gives some shapes one thread: of two threads 1,024 tokens x 1536 x 576 have one and 512 tokens both, so that two halves take
+1.18 ms and the whole 1.64 (`python benchmarks/products.py`, docs/performance.md). Which shapes these are depends on the number of
+threads and on oneDNN's version, so each shape that comes again is tried once, on the clock. Pieces are taken only if they gave the
+whole product's bits, so no result depends on a clock.
 
 Shape suffixes: T tokens, M what is summed over, N columns of the product.
 """
