@@ -39,6 +39,73 @@ def test_any_number_of_threads_and_tokens(tokens: int, threads: int, dtype: torc
     assert (found_K[0] - expected_K).norm() <= 1e-5 * expected_K.norm()
 
 
+def whole_numbers(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[tokens, width] of whole numbers so small that every sum of products is exact."""
+    return torch.randint(-4, 5, (tokens, width)).to(dtype)
+
+
+PLACES: dict[str, Callable[[int], torch.Tensor]] = {
+    "the first": lambda n: torch.arange(1),
+    "the last": lambda n: torch.arange(n - 1, n),
+    "far apart": lambda n: torch.arange(0, n, 9),
+    "neighbours": lambda n: torch.arange(n)[torch.arange(n) // 5 % 2 == 1] if n > 5 else torch.arange(n),
+    "all": torch.arange,
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 31])
+@pytest.mark.parametrize("outputs", [3, 8, 1100])
+@pytest.mark.parametrize("columns", PLACES)
+@pytest.mark.parametrize("rows", PLACES)
+def test_rows_and_columns_wherever_they_lie(rows: str, columns: str, outputs: int, width: int, dtype: torch.dtype) -> None:
+    x_TI, grad_TO = whole_numbers(67, width, dtype), whole_numbers(67, outputs, dtype)
+    indices_K = (PLACES[rows](outputs)[:, None] * width + PLACES[columns](width)).flatten().to(torch.int32)
+    found_K = PLANS["native"].entries(Inputs([(x_TI, dtype)]), grad_TO, Layout.of(indices_K, (outputs, width)))
+    assert torch.equal(found_K.double(), weight_gradient_entries(x_TI.double(), grad_TO.double(), indices_K))
+
+
+FACTORS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
+    "row by row": lambda d: whole_numbers(67, 31, d),
+    "column by column": lambda d: whole_numbers(31, 67, d).t(),
+    "with gaps": lambda d: whole_numbers(67, 62, d)[:, ::2],
+    "one a token": lambda d: whole_numbers(67, 1, d).expand(67, 31),
+    "one a token, with gaps": lambda d: whole_numbers(67, 3, d)[:, :1].expand(67, 31),
+    "one a column": lambda d: whole_numbers(1, 31, d).expand(67, 31),
+    "one a column, with gaps": lambda d: whole_numbers(1, 62, d)[:, ::2].expand(67, 31),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtypes", [(a, b) for a in native.DTYPES for b in native.DTYPES], ids=str)
+@pytest.mark.parametrize("second", FACTORS)
+@pytest.mark.parametrize("first", FACTORS)
+def test_factors_however_they_lie(first: str, second: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    factors = [FACTORS[name](dtype) for name, dtype in zip((first, second), dtypes, strict=True)]
+    grad_TO, indices_K = whole_numbers(67, 20, dtypes[1]), torch.randperm(620)[:150].sort().values.to(torch.int32)
+    found_K = PLANS["native"].entries(Inputs([(f, torch.float32) for f in factors]), grad_TO, Layout.of(indices_K, (20, 31)))
+    x_TI = factors[0].double() * factors[1].double()
+    assert torch.equal(found_K.double(), weight_gradient_entries(x_TI, grad_TO.double(), indices_K))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("every", [1, 9])
+def test_the_scratch_stays_within_the_bytes_asked_for(every: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    room: list[torch.Tensor] = []
+
+    def scratch(size: int) -> torch.Tensor:
+        room.append(torch.full((size + 64,), 7, dtype=torch.uint8))
+        return room[0]
+
+    monkeypatch.setattr(native, "_scratch", scratch)
+    indices_K = (torch.arange(0, 1100, every)[:, None] * 90 + torch.arange(0, 90, every)).flatten().to(torch.int32)
+    layout, x_TI, grad_TO = Layout.of(indices_K, (1100, 90)), torch.randn(300, 90).to(dtype), torch.randn(300, 1100).to(dtype)
+    PLANS["native"].entries(Inputs([(x_TI, dtype)]), grad_TO, layout)
+    assert bool((room[0][-64:] == 7).all()) and not bool((room[0][:-64] == 7).all())
+
+
 @needs_compiler
 @pytest.mark.parametrize("width", [5, 45])
 @pytest.mark.parametrize("tokens", [1, 31, 33, 130])

@@ -10,7 +10,6 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && LANES == 16
 #include <immintrin.h>
 
-#define WIDE 8    /* columns of a tile */
 #define GROUP 32  /* tokens of a tile, a register of bf16 for each column */
 #define FACTORS 4 /* most factors of an input in pairs */
 
@@ -130,29 +129,23 @@ static inline void narrow_column(const factor *factors, int n, int64_t t, int64_
     }
 }
 
-/* out[c * STRIDE + u] = the products of the factors at the tokens start + 2u, start + 2u + 1 of columns[c]; zero from `count` on, in
- * the numbers_of(count) that are written. */
-static inline void transpose_pairs(const factor *factors, int n, int64_t start, int count, const int32_t *columns, int64_t wide,
-                                   int64_t width, float *out) {
+/* out[c * STRIDE + u] = the products of the factors at the tokens start + 2u, start + 2u + 1 of column[c]; zero from `count` on, in
+ * the numbers_of(count) that are written. The row after the last is written too. */
+static inline void transpose_pairs(const factor *factors, int n, int64_t start, int count, const chosen *at, float *out) {
     int64_t last = start + count - 1;
     for (int t = 0; t < count; t += GROUP) {
-        tokens_of at[FACTORS];
-        for (int f = 0; f < n; f++) tokens_at(factors + f, start + t, last, at + f);
-        for (int64_t c = 0, next = 0; c < wide; c = next) {
+        tokens_of tokens[FACTORS];
+        for (int f = 0; f < n; f++) tokens_at(factors + f, start + t, last, tokens + f);
+        for (int64_t c = 0; at->width < WIDE && c < at->wide; c++)
+            narrow_column(factors, n, start + t, last, at->column[c], (uint16_t *)(out + c * STRIDE) + t);
+        for (const group *g = at->groups; at->width >= WIDE && g < at->groups + at->many; g++) {
             __m512i eight[WIDE];
-            int64_t base = columns[c] < width - WIDE ? columns[c] : width - WIDE;
-            if (width < WIDE) {
-                narrow_column(factors, n, start + t, last, columns[c], (uint16_t *)(out + c * STRIDE) + t);
-                next = c + 1;
-                continue;
-            }
-            tile(factors, n, at, base, eight);
-            for (next = c; next < wide && columns[next] < base + WIDE; next++)
-                _mm512_storeu_si512(out + next * STRIDE + t / 2, eight[columns[next] - base]);
+            tile(factors, n, tokens, g->base, eight);
+            for (int i = 0; i < WIDE; i++) _mm512_storeu_si512(out + (int64_t)g->row[i] * STRIDE + t / 2, eight[i]);
         }
     }
     int filled = 2 * numbers_of(count);
-    for (int64_t c = 0; count < filled && c < wide; c++) memset((uint16_t *)(out + c * STRIDE) + count, 0, 2 * (filled - count));
+    for (int64_t c = 0; count < filled && c < at->wide; c++) memset((uint16_t *)(out + c * STRIDE) + count, 0, 2 * (filled - count));
 }
 
 /* By memcpy: GCC 12 takes a cast of loaded floats through the stack, for every product. */

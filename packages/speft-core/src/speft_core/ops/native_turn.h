@@ -3,11 +3,14 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define TOKENS 64            /* tokens of a block: blocks of x^T and grad_y^T stay in the second-level cache */
 #define STRIDE (TOKENS + 16) /* an odd number of cache lines, so that rows of a block fall into different sets */
 #define ROWS 512             /* rows of grad_y^T formed at a time */
-#define LINE 16              /* numbers of a cache line */
+#define WIDE 8               /* columns turned at a time */
 #define NEXT 48              /* columns between a read and a prefetch: sixteen streams are more than processors follow themselves */
 #ifdef __AVX512F__
 #define LANES 16 /* numbers of a register */
@@ -17,7 +20,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint16_t short_bits __attribute__((vector_size(4 * LANES)));
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
@@ -50,85 +53,104 @@ static inline vec splat(float value) { return value - (vec){0}; }
 
 #define MIX __builtin_shufflevector
 
-/* LANES rows of LANES become as many columns. */
+/* Registers hold four columns of a token in each sixteen bytes: the i-th of four has the tokens i, 4 + i, ... Turned, they hold a
+ * column each, its tokens in order. No shuffle leaves its sixteen bytes, and nothing more than four registers is at work. */
 static inline void turn(vec *r) {
-    vec s[LANES];
 #if LANES == 16
 #define LOW4(a, b) MIX(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
 #define HIGH4(a, b) MIX(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
 #define LOW8(a, b) MIX(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
 #define HIGH8(a, b) MIX(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#define EVEN16(a, b) MIX(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define ODD16(a, b) MIX(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
 #else
 #define LOW4(a, b) MIX(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
 #define HIGH4(a, b) MIX(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 #define LOW8(a, b) MIX(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
 #define HIGH8(a, b) MIX(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
 #endif
-    for (int i = 0; i < LANES; i += 4) { /* four by four within each sixteen bytes */
-        vec a = LOW4(r[i], r[i + 1]), b = LOW4(r[i + 2], r[i + 3]);
-        vec c = HIGH4(r[i], r[i + 1]), d = HIGH4(r[i + 2], r[i + 3]);
-        s[i] = LOW8(a, b), s[i + 1] = HIGH8(a, b), s[i + 2] = LOW8(c, d), s[i + 3] = HIGH8(c, d);
-    }
-    for (int m = 0; m < 4; m++) { /* then the sixteen bytes among each other */
+    vec a = LOW4(r[0], r[1]), b = LOW4(r[2], r[3]), c = HIGH4(r[0], r[1]), d = HIGH4(r[2], r[3]);
+    r[0] = LOW8(a, b), r[1] = HIGH8(a, b), r[2] = LOW8(c, d), r[3] = HIGH8(c, d);
+}
+
+/* Sixteen bytes from each of LANES / 4 places that lie `step` bytes apart. */
+static inline vec fours(const char *from, int64_t step) {
 #if LANES == 16
-        vec a = EVEN16(s[m], s[4 + m]), b = EVEN16(s[8 + m], s[12 + m]);
-        vec c = ODD16(s[m], s[4 + m]), d = ODD16(s[8 + m], s[12 + m]);
-        r[m] = EVEN16(a, b), r[8 + m] = ODD16(a, b), r[4 + m] = EVEN16(c, d), r[12 + m] = ODD16(c, d);
+    __m512 all = _mm512_castps128_ps512(_mm_loadu_ps((const float *)from));
+    all = _mm512_insertf32x4(all, _mm_loadu_ps((const float *)(from + step)), 1);
+    all = _mm512_insertf32x4(all, _mm_loadu_ps((const float *)(from + 2 * step)), 2);
+    return (vec)_mm512_insertf32x4(all, _mm_loadu_ps((const float *)(from + 3 * step)), 3);
 #else
-        r[m] = MIX(s[m], s[4 + m], 0, 1, 2, 3, 8, 9, 10, 11), r[4 + m] = MIX(s[m], s[4 + m], 4, 5, 6, 7, 12, 13, 14, 15);
+    v4 low, high;
+    memcpy(&low, from, sizeof low);
+    memcpy(&high, from + step, sizeof high);
+    return MIX(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
 #endif
-    }
 }
 
-/* Neighbouring numbers; those of a later tile are fetched. */
-static inline vec neighbours(const void *data, int64_t at, int dtype) {
-    vec value;
-    __builtin_prefetch((const char *)data + (at + NEXT) * (dtype == F32 ? 4 : 2));
-    if (dtype == F32) {
-        memcpy(&value, (const float *)data + at, sizeof value);
-        return value;
-    }
-    halves half;
-    memcpy(&half, (const uint16_t *)data + at, sizeof half);
-    bits raw = __builtin_convertvector(half, bits) << 16;
-    memcpy(&value, &raw, sizeof value);
-    return value;
+/* Eight numbers of bf16 in each sixteen bytes, as fp32: the first four, and the last. */
+static inline void widened_fours(vec raw, vec *first, vec *last) {
+    short_bits both = (short_bits)raw, none = {0};
+#if LANES == 16
+    *first = (vec)MIX(none, both, 0, 32, 0, 33, 0, 34, 0, 35, 0, 40, 0, 41, 0, 42, 0, 43, 0, 48, 0, 49, 0, 50, 0, 51, 0, 56, 0, 57, 0,
+                      58, 0, 59);
+    *last = (vec)MIX(none, both, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52, 21, 53, 22, 54, 23, 55, 28, 60, 29,
+                     61, 30, 62, 31, 63);
+#else
+    *first = (vec)MIX(none, both, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27);
+    *last = (vec)MIX(none, both, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
 }
 
-/* A factor at LANES tokens from t on and as many columns from `base` on: lanes[i] holds the columns of token t + i. Each loop of its
- * own, so that nothing is decided within it. */
+/* A number of each token, four times: the i-th register as turn() has its tokens. */
+static inline void same_fours(vec each, vec *lanes) {
+#if LANES == 16
+#define SAME(i) MIX(each, each, i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i, 12 + i, 12 + i, 12 + i, 12 + i)
+#else
+#define SAME(i) MIX(each, each, i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i)
+#endif
+    lanes[0] = SAME(0), lanes[1] = SAME(1), lanes[2] = SAME(2), lanes[3] = SAME(3);
+}
+
+/* A factor at LANES tokens from t on and WIDE columns from `base` on: lanes[i] and lanes[4 + i] hold the first and the last four
+ * columns of the tokens that turn() takes there. Neighbouring numbers of a later tile are fetched. */
 static inline void factor_at(const factor *f, int64_t t, int64_t base, vec *lanes) {
-    if (f->col == 1 && f->dtype == F32) {
-        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, (t + i) * f->row + base, F32);
-    } else if (f->col == 1) {
-        for (int i = 0; i < LANES; i++) lanes[i] = neighbours(f->data, (t + i) * f->row + base, BF16);
-    } else if (f->col == 0) {
-        for (int i = 0; i < LANES; i++) lanes[i] = splat(load(f->data, (t + i) * f->row, f->dtype));
+    int64_t size = f->dtype == F32 ? 4 : 2, step = f->row * size;
+    const char *from = (const char *)f->data + t * step + base * f->col * size;
+    if (f->col == 0) {
+        vec each;
+        for (int i = 0; i < LANES; i++) each[i] = load(from, i * f->row, f->dtype);
+        same_fours(each, lanes), same_fours(each, lanes + 4);
+    } else if (f->col != 1) {
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < LANES; j++) {
+                int64_t at = (i + j / 4 * 4) * f->row + j % 4 * f->col;
+                lanes[i][j] = load(from, at, f->dtype), lanes[4 + i][j] = load(from, at + 4 * f->col, f->dtype);
+            }
     } else if (f->row == 0) {
-        vec all;
-        for (int c = 0; c < LANES; c++) all[c] = load(f->data, (base + c) * f->col, f->dtype);
-        for (int i = 0; i < LANES; i++) lanes[i] = all;
+        if (f->dtype == F32) lanes[0] = fours(from, 0), lanes[4] = fours(from + 16, 0);
+        else widened_fours(fours(from, 0), lanes, lanes + 4);
+        for (int i = 1; i < 4; i++) lanes[i] = lanes[0], lanes[4 + i] = lanes[4];
     } else {
-        for (int i = 0; i < LANES; i++)
-            for (int c = 0; c < LANES; c++) lanes[i][c] = load(f->data, (t + i) * f->row + (base + c) * f->col, f->dtype);
+        for (int i = 0; i < LANES; i++) __builtin_prefetch(from + i * step + NEXT * size);
+        if (f->dtype == F32)
+            for (int i = 0; i < 4; i++) lanes[i] = fours(from + i * step, 4 * step), lanes[4 + i] = fours(from + i * step + 16, 4 * step);
+        else
+            for (int i = 0; i < 4; i++) widened_fours(fours(from + i * step, 4 * step), lanes + i, lanes + 4 + i);
     }
 }
 
 static inline void round_all(vec *lanes, int dtype) {
     if (dtype == BF16)
-        for (int i = 0; i < LANES; i++) lanes[i] = rounded(lanes[i], BF16);
+        for (int i = 0; i < WIDE; i++) lanes[i] = rounded(lanes[i], BF16);
 }
 
-/* The product of the factors at LANES tokens and columns, as factor_at takes them. */
+/* The product of the factors at LANES tokens and WIDE columns, as factor_at takes them. */
 static inline void product_at(const factor *factors, int n, int64_t t, int64_t base, vec *lanes) {
     factor_at(factors, t, base, lanes);
     round_all(lanes, factors[0].round);
     for (const factor *f = factors + 1; f < factors + n; f++) {
-        vec more[LANES];
+        vec more[WIDE];
         factor_at(f, t, base, more);
-        for (int i = 0; i < LANES; i++) lanes[i] *= more[i];
+        for (int i = 0; i < WIDE; i++) lanes[i] *= more[i];
         round_all(lanes, f->round);
     }
 }
@@ -143,29 +165,49 @@ static inline float one(const factor *factors, int n, int64_t t, int64_t column)
     return value[0];
 }
 
-/* out[c * STRIDE + t] = product of the factors at (start + t, columns[c]); zero for t >= count. `width`: columns there are.
- * Columns are sorted: those within LANES of each other are read as neighbours and turned in registers. */
-static inline void transpose(const factor *factors, int n, int64_t start, int count, const int32_t *columns, int64_t wide,
-                             int64_t width, float *out) {
-    if (width < LANES || count < LANES) {
-        for (int64_t c = 0; c < wide; c++)
-            for (int t = 0; t < count; t++) out[c * STRIDE + t] = one(factors, n, start + t, columns[c]);
+/* WIDE neighbouring columns that are turned at once: from `base` on; the row of a block that each goes to. Found once for all tokens,
+ * so that nothing is decided about columns within the loops. */
+typedef struct {
+    int32_t base, row[WIDE];
+} group;
+
+/* The groups of sorted columns; returns how many there are, at most one a column. Columns that are not asked for go to the row after
+ * the last one. */
+static inline int64_t groups_of(const int32_t *columns, int64_t wide, int64_t width, group *out) {
+    int64_t count = 0;
+    for (int64_t c = 0; c < wide; count++) {
+        group *g = out + count;
+        g->base = columns[c] < width - WIDE ? columns[c] : (int32_t)(width - WIDE);
+        for (int i = 0; i < WIDE; i++) g->row[i] = (int32_t)(c < wide && columns[c] == g->base + i ? c++ : wide);
+    }
+    return count;
+}
+
+/* Sorted columns of a tensor that has `width` of them, and their groups. */
+typedef struct {
+    const int32_t *column;
+    const group *groups;
+    int64_t wide, many, width;
+} chosen;
+
+/* out[c * STRIDE + t] = product of the factors at (start + t, column[c]); zero for t >= count. The row after the last is written too. */
+static inline void transpose(const factor *factors, int n, int64_t start, int count, const chosen *at, float *out) {
+    if (at->width < WIDE || count < LANES) {
+        for (int64_t c = 0; c < at->wide; c++)
+            for (int t = 0; t < count; t++) out[c * STRIDE + t] = one(factors, n, start + t, at->column[c]);
     } else {
-        for (int t = 0; t < count; t += LINE) /* whole cache lines are written */
-            for (int64_t c = 0, next = 0; c < wide; c = next) {
-                int64_t base = columns[c] < width - LANES ? columns[c] : width - LANES;
-                for (int u = t; u < t + LINE && u < count; u += LANES) {
-                    int at = u < count - LANES ? u : count - LANES; /* the last ones overlap */
-                    vec lanes[LANES];
-                    product_at(factors, n, start + at, base, lanes);
-                    turn(lanes);
-                    for (next = c; next < wide && columns[next] < base + LANES; next++)
-                        memcpy(out + next * STRIDE + at, lanes + (columns[next] - base), sizeof(vec));
-                }
+        for (int t = 0; t < count; t += LANES) {
+            int first = t < count - LANES ? t : count - LANES; /* the last ones overlap */
+            for (const group *g = at->groups; g < at->groups + at->many; g++) {
+                vec lanes[WIDE];
+                product_at(factors, n, start + first, g->base, lanes);
+                turn(lanes), turn(lanes + 4);
+                for (int i = 0; i < WIDE; i++) memcpy(out + (int64_t)g->row[i] * STRIDE + first, lanes + i, sizeof(vec));
             }
+        }
     }
     if (count < TOKENS)
-        for (int64_t c = 0; c < wide; c++) memset(out + c * STRIDE + count, 0, (TOKENS - count) * sizeof(float));
+        for (int64_t c = 0; c < at->wide; c++) memset(out + c * STRIDE + count, 0, (TOKENS - count) * sizeof(float));
 }
 
 /* Sums of both halves, or the number itself. */
