@@ -208,13 +208,36 @@ def test_what_passed_is_known_by_its_bits_and_its_record() -> None:
         adapter.apply(model)
 
 
-@pytest.mark.parametrize(("trained_in", "applied_in"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("trained_in", "applied_in"),
+    [
+        (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+        (torch.float16, torch.float32), (torch.bfloat16, torch.float16), (torch.float16, torch.float64),
+    ],
+)  # fmt: skip
 def test_the_same_base_in_another_dtype_is_recognised(trained_in: torch.dtype, applied_in: torch.dtype) -> None:
     adapter, _ = trained(Classifier().to(trained_in))
     with adapter.applied(Classifier().to(trained_in).to(applied_in)):
         pass
     with pytest.raises(sc.UserError, match="another base"):
         adapter.apply(Classifier(seed=1).to(applied_in))
+
+
+@pytest.mark.parametrize("applied_in", [torch.float16, torch.bfloat16])
+def test_a_merged_adapter_is_recognised_by_its_sample(applied_in: torch.dtype) -> None:
+    one, other = (trained(Classifier(), metric="random", seed=seed)[0] for seed in (0, 1))
+    merged = sc.merge([one, other], method="sum", check_base=True)
+    assert not any(key.startswith("base_") for f in merged.fingerprint.values() for key in f)
+    with merged.applied(Classifier().to(applied_in)):
+        pass
+    with pytest.raises(sc.UserError, match="another base"):
+        merged.apply(Classifier(seed=1).to(applied_in))
+
+
+def test_what_one_16_bit_dtype_says_of_another_is_too_little() -> None:
+    adapter, _ = trained(Classifier().to(torch.float16))
+    with pytest.raises(sc.UserError, match=r"rounded to torch.bfloat16, load it in the dtype that the adapter was trained in"):
+        adapter.apply(Classifier().to(torch.bfloat16))
 
 
 def test_adapters_stack_and_come_off_in_reverse() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import speft_core as sc
 from attached import IDS, LINEAR, PLAN_NAMES, Net, bits, loss_of, net, oracle_gradients, same_bits, some_mask, train
+from speft_core.targets import base_parameters
 
 
 def test_names_keys_modules_and_hooks_stay_as_they_were() -> None:
@@ -189,3 +192,71 @@ def test_a_weight_that_cannot_be_adapted_leaves_no_trace() -> None:
     assert dict(model.named_parameters()).keys() == before.keys()
     assert not any("_values" in n or "_base" in n for n in dict(model.named_buffers()))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_checkpoint_of_an_attached_model_holds_the_last_step(behind: bool) -> None:
+    model = net()
+    tuner = sc.attach(model, some_mask(model))
+    train(tuner, model, 3)  # ends with a step of the optimizer
+    if behind:
+        for values_K in tuner.values.values():
+            values_K.data.add_(0.1)  # as engines write
+    saved = bits(model)
+    tuner.sync()
+    assert same_bits(saved, {n: p.detach() for n, p in model.named_parameters() if not n.endswith("_values")})
+    other = net()
+    other.load_state_dict(saved)
+    assert torch.equal(other(IDS), model(IDS))
+
+
+def test_tensors_given_for_one_call_are_used_and_left_alone() -> None:
+    model = net()
+    given = {n: p.detach() + 0.25 for n, p in model.named_parameters()}
+    copies, plain = {n: t.clone() for n, t in given.items()}, net()
+    plain.load_state_dict(given)
+    tuner = sc.attach(model, some_mask(model))
+    train(tuner, model, 2)
+    for with_gradient in (False, True):
+        with torch.set_grad_enabled(with_gradient):
+            found = torch.func.functional_call(model, given, (IDS,))
+        torch.testing.assert_close(found, plain(IDS))
+        if with_gradient:
+            found.sum().backward()
+    assert all(torch.equal(given[n], t) for n, t in copies.items())
+    before = {n: v.detach().clone() for n, v in tuner.values.items()}
+    torch.func.functional_call(model, {f"{n}_values": v + 1 for n, v in before.items()}, (IDS,))
+    assert all(torch.equal(v, before[n]) for n, v in tuner.values.items())
+
+
+@pytest.mark.parametrize("backward", PLAN_NAMES)
+def test_second_derivatives_are_refused_and_not_left_out(backward: str) -> None:
+    model = net()
+    tuner = sc.attach(model, some_mask(model, LINEAR), backward=backward)
+    loss = loss_of(model)
+    gradients = torch.autograd.grad(loss, list(tuner.parameters()), create_graph=True)
+    for found, first in zip(gradients, torch.autograd.grad(loss_of(model), list(tuner.parameters())), strict=True):
+        torch.testing.assert_close(found, first)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.stack([g.square().sum() for g in gradients]).sum().backward()
+
+
+def test_a_deep_copys_values_are_no_parameters_of_the_base() -> None:
+    model = net()
+    sc.attach(model, some_mask(model))
+    twin = copy.deepcopy(model)
+    names = [n for n, _ in net().named_parameters()]
+    assert list(base_parameters(twin)) == list(base_parameters(model)) == names
+    assert sc.find_mask(twin, metric="magnitude", targets="body", budget=sc.Budget(k=9)).nnz == 9
+
+
+def test_a_state_of_other_entries_of_the_same_sizes_is_refused() -> None:
+    first, second = net(), net()
+    one = sc.attach(first, some_mask(first, seed=0))
+    other = sc.attach(second, some_mask(second, seed=1))
+    train(one, first, 2)
+    with pytest.raises(sc.UserError, match="same sizes, but other entries"):
+        other.load_state_dict(one.state_dict())
+    assert not any(v.any() for v in other.values.values())
+    older = {k: v for k, v in one.state_dict().items() if k != "mask"}
+    sc.attach(net(), some_mask(net(), seed=0)).load_state_dict(older)

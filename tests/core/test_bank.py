@@ -181,3 +181,28 @@ def test_any_base_will_do_when_none_is_asked_for() -> None:
     bank.switch("a")
     bank.remove("b")  # one that is not in
     assert bank.active == "a" and bank.names == ["a"]
+
+
+def test_a_generation_in_another_thread_does_not_wait_for_those_who_wait_for_it() -> None:
+    model = net()
+    bank = AdapterBank(model, {"a": adapter(1), "b": adapter(2)})
+    with bank.using("b"):
+        of_b = logits(model)
+    found: dict[str, torch.Tensor] = {}
+
+    def other() -> None:
+        with bank.using("b"):
+            found["b"] = logits(model)
+
+    with bank.using("a"):
+        of_a, waiting = logits(model), threading.Thread(target=other)
+        waiting.start()
+        waiting.join(timeout=0.2)
+        assert waiting.is_alive()
+        worker = threading.Thread(target=lambda: found.setdefault("a", logits(model)))
+        worker.start()
+        worker.join(60)
+        assert not worker.is_alive() and waiting.is_alive()
+    waiting.join(60)
+    assert torch.equal(found["a"], of_a) and torch.equal(found["b"], of_b) and not torch.equal(of_a, of_b)
+    bank.switch(None)

@@ -254,3 +254,38 @@ def test_bad_settings(tmp_path: Path) -> None:
         run.dynamic.load_state_dict({**state, "tensors": other})
     with pytest.raises(sc.UserError, match="final_budget must be"):
         run.dynamic.prune(0)
+
+
+def test_a_loaded_state_moves_resting_entries_too() -> None:
+    model = pico.llama()
+    base, batches = bits(model), [pico.batch(model, seed=99)]
+    first = sc.find_mask(model, batches, budget=BUDGET)
+    second = sc.find_mask(model, metric="random", budget=BUDGET)
+    tuner = sc.attach(model, first, keep_empty=True)
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.02)
+
+    def steps() -> None:
+        for seed in range(3):
+            model(**pico.batch(model, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.state.clear()
+
+    steps()
+    best = {k: v.clone() for k, v in model.state_dict().items()}
+    steps()
+    tuner.remask(second)
+    steps()
+    model.load_state_dict(best)
+    logits = model(**batches[0]).logits
+    adapter = tuner.adapter()
+    assert torch.equal(model(**batches[0]).logits, logits)
+    tuner.detach()
+    assert same(bits(model), base)
+    with adapter.applied(model):
+        torch.testing.assert_close(model(**batches[0]).logits, logits)
+    other = pico.llama()
+    tuner = sc.attach(other, first, keep_empty=True)
+    tuner.remask(second)
+    other.load_state_dict({k: base.get(k, v) for k, v in other.state_dict().items()})
+    assert not any(d.values_K.any() for d in tuner.adapter().deltas.values())

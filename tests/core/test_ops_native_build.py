@@ -46,6 +46,9 @@ def test_it_can_be_turned_off_and_does_without_a_compiler(quick: Path, monkeypat
     broken = compiler(quick.parent, "exit 1")
     monkeypatch.setenv("CC", broken)
     assert load() == (None, f"{broken} cannot build it (CalledProcessError)")
+    said = 'echo "native.h:1: note: here" >&2; echo "native.c:7: error: no such word" >&2'
+    broken = compiler(quick.parent, f'[ "$1" = --version ] && exit 0; {said}; exit 1')
+    assert load() == (None, f"{broken} cannot build it (native.c:7: error: no such word)")
     monkeypatch.setenv("CC", str(quick / "nowhere"))
     assert load() == (None, f"{quick}/nowhere cannot build it (FileNotFoundError)")
     monkeypatch.setenv("CC", "")

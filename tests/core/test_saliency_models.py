@@ -184,3 +184,54 @@ def test_metrics_and_batches_that_make_no_sense() -> None:
     for nothing in ({"text": "words"}, {"scalar": torch.ones(())}, [torch.ones(2)]):
         with pytest.raises(sc.UserError, match="must hold at least one tensor whose first dimension counts the examples"):
             scores(model, "gradient", [nothing])
+
+
+@pytest.mark.parametrize("metric", ["gradient", "fisher", "absolute_gradient"])
+def test_a_layer_that_is_called_twice_counts_with_the_sum_of_both(metric: str) -> None:
+    twice = Tokens(lambda layer, x: layer(torch.tanh(layer(x))))
+    found, batches = scores(twice, metric, [batch(), batch(2, seed=1)]), [batch(), batch(2, seed=1)]
+    same(found, by_hand(twice, metric, batches))
+
+
+@pytest.mark.parametrize("metric", ["gradient", "fisher", "absolute_gradient"])
+@pytest.mark.parametrize("way", ["read", "read and called", "by keyword"])
+def test_a_weight_that_is_read_counts_as_one_that_is_called(metric: str, way: str) -> None:
+    ways: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+        "read": lambda layer, x: functional.linear(x, layer.weight, layer.bias),  # type: ignore[arg-type]
+        "read and called": lambda layer, x: layer(x) @ layer.weight,  # type: ignore[operator]
+        "by keyword": lambda layer, x: layer(input=x),
+    }
+    model, batches = Tokens(ways[way]), [batch(), batch(2, seed=1)]
+    same(scores(model, metric, batches), by_hand(model, metric, batches))
+    assert isinstance(model.hidden.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("metric", ["fisher", "absolute_gradient"])
+def test_scores_per_example_under_autocast(metric: str) -> None:
+    class Cast(Tokens):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(input_ids, labels)
+
+    found, expected = scores(Cast(), metric, [batch()]), scores(Tokens(), metric, [batch()])
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score, rtol=0.1, atol=0.05 * score.max().item())
+
+
+def by_hand(model: Tokens, metric: str, batches: list[Any]) -> Scores:
+    """From plain gradients of single examples."""
+    parameters = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n.startswith("hidden")}
+    function = {"gradient": lambda g: g, "fisher": torch.square, "absolute_gradient": torch.abs}[metric]
+    sums = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    examples = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["labels"]))]
+    for example in examples:
+        for name, g in zip(sums, torch.autograd.grad(model(**example)["loss"], list(parameters.values())), strict=True):
+            sums[name] += function(g)
+    return {n: s if metric == "fisher" else s.abs() / len(examples) for n, s in sums.items()}
+
+
+def test_wanda_sees_inputs_given_by_keyword() -> None:
+    by_name = Tokens(lambda layer, x: layer(input=x))
+    targets = ["hidden.weight"]
+    found, expected = (sc.saliency_scores(m, [batch()], "wanda", targets) for m in (by_name, Tokens()))
+    torch.testing.assert_close(found["hidden.weight"], expected["hidden.weight"])

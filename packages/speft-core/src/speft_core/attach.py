@@ -5,6 +5,7 @@ Shape suffixes: K kept entries.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from .errors import UserError, nearest
 from .fingerprint import fingerprint
 from .mask import SparsityMask, random_origin
 from .ops.plans import PLANS
+from .outside import Outside
 from .partitioned import own_part, whole
 from .remask import Parked, remask, restore_parked, with_parked
 from .slots import AttachedForward, Slot, check_adaptable
-from .targets import base_parameters, owners_of, parameter_shape
+from .targets import base_parameters, check_reachable, owners_of, parameter_shape
 from .together import Together
 
 
@@ -65,6 +67,7 @@ def attach(
     for name, parameter in base_parameters(model).items():
         if name in mask.indices:
             check_adaptable(name, parameter)
+    check_reachable(model, mask.indices)
     dense_names = _dense_names(model, mask, train_dense)
     if keep_dtype is not None and keep_dtype not in VALUE_DTYPES:
         raise UserError(f"keep_dtype must be None or one of {', '.join(str(d) for d in VALUE_DTYPES)}, got {keep_dtype}")
@@ -151,9 +154,10 @@ class Tuner:
             parameter.requires_grad_(False)
         for parameter in self.dense.values():
             parameter.requires_grad_(True)
-        self._forwards = [AttachedForward(module, slots) for module, slots in by_module.items()]
+        self._forwards = [AttachedForward(module, slots, self.parked) for module, slots in by_module.items()]
         for forward in self._forwards:
             forward.install()
+        self.outside = Outside(model, self._forwards, together)
         self._install_input_gradients()
         model._speft_tuner = self  # type: ignore[assignment]
 
@@ -200,17 +204,31 @@ class Tuner:
                 slot.write()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`values.<name>` and `dense.<name>`, detached; nothing frozen. What a checkpoint needs beside the optimizer."""
+        """`values.<name>` and `dense.<name>`, detached, and `mask`, by which they are recognised; nothing frozen.
+
+        What a checkpoint needs beside the optimizer.
+        """
         state = {f"values.{n}": p.detach() for n, p in self.values.items()}
-        return state | {f"dense.{n}": p.detach() for n, p in self.dense.items()}
+        return state | {f"dense.{n}": p.detach() for n, p in self.dense.items()} | {"mask": self._mask_hash()}
+
+    def _mask_hash(self) -> torch.Tensor:
+        """[8] bytes that tell which entries are trained."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, slots in self._slots.items():
+            digest.update(name.encode() + b"\0")
+            digest.update(slots[0].indices_K.cpu().numpy().data)
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load what `state_dict` gave and write it into the weights; UserError when names or shapes differ."""
         own = self.state_dict()
-        if set(own) != set(state):
-            odd = sorted(set(own) ^ set(state))[0]
+        mask = own.pop("mask")
+        if set(own) != set(state) - {"mask"}:
+            odd = sorted(set(own) ^ (set(state) - {"mask"}))[0]
             raise UserError(f"the saved values are of another mask: {odd!r} is in only one of the two")
+        if "mask" in state and not torch.equal(mask, state["mask"].cpu()):  # states of earlier versions have none
+            raise UserError("the saved values are of another mask: it has the same sizes, but other entries")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise UserError(f"{name} has shape {tuple(state[name].shape)}, this mask wants {tuple(tensor.shape)}")
@@ -269,6 +287,7 @@ class Tuner:
         """Restore every bit of the base, dense parameters and requires_grad included. A second call does nothing."""
         if getattr(self.model, "_speft_tuner", None) is not self:
             return
+        self.outside.remove()
         for forward in self._forwards:
             forward.remove()
         for hook in self._hooks:

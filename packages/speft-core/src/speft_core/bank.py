@@ -55,11 +55,12 @@ class AdapterBank:
         self._base_dense: dict[str, torch.Tensor] = {}
         self._changed = threading.Condition()
         self._inside: dict[int, int] = {}  # thread -> how many forwards and `using` it is in
+        self._held = 0  # `using` blocks in progress
         self._queue: deque[object] = deque()
         self._stack: list[Any] = model.__dict__.setdefault("_speft_applied", [])
         self._hooks = [
             model.register_forward_pre_hook(lambda *_: self._enter(None, switch=False)),
-            model.register_forward_hook(lambda *_: self._leave(), always_call=True),
+            model.register_forward_hook(lambda *_: self._leave(held=False), always_call=True),
         ]
         try:
             for name, adapter in (adapters or {}).items():
@@ -115,7 +116,7 @@ class AdapterBank:
         try:
             yield self.model
         finally:
-            self._leave()
+            self._leave(held=True)
 
     @torch.no_grad()
     def __call__(self, routes: Sequence[str | None], **batch: Any) -> list[torch.Tensor]:
@@ -199,18 +200,23 @@ class AdapterBank:
                 self._queue.append(ticket)
                 try:
                     fits = lambda: not self._inside or not switch or name == self._active  # noqa: E731
-                    self._changed.wait_for(lambda: self._queue[0] is ticket and fits())
+                    # A forward of another thread may be what a `using` block waits for (a generation that streams its text), so
+                    # it does not queue behind those who wait for the block's end.
+                    within = lambda: self._held > 0 and not switch  # noqa: E731
+                    self._changed.wait_for(lambda: within() or (self._queue[0] is ticket and fits()))
                     if switch:
                         self._write(name)
                 finally:
                     self._queue.remove(ticket)
                     self._changed.notify_all()
             self._inside[me] = self._inside.get(me, 0) + 1
+            self._held += switch
 
-    def _leave(self) -> None:
+    def _leave(self, held: bool) -> None:
         me = threading.get_ident()
         with self._changed:
             if me in self._inside:
+                self._held -= held
                 self._inside[me] -= 1
                 if not self._inside[me]:
                     del self._inside[me]

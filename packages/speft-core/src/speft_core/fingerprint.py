@@ -1,11 +1,13 @@
 """What an adapter remembers of its base, so that it is never put onto another one.
 
 Per tensor: its shape; `base_<dtype>`, a hash of the base's entries at the adapter's indices in the base's dtype;
-`base_bfloat16`, the same after rounding to bf16; `sample`, a hash of 64 evenly spaced entries rounded to bf16, which does not
-depend on the mask, so that adapters of one base can be told to belong together, and merged ones be checked.
+`base_bfloat16` and `base_float16`, the same after rounding to these; `sample` and `sample_float16`, hashes of 64 evenly spaced
+entries rounded to bf16 and fp16, which do not depend on the mask, so that adapters of one base can be told to belong together,
+and merged ones be checked.
 
-A model in the adapter's own base dtype must agree with that dtype's hash. In another dtype it must agree with the bf16 one: an
-fp32 copy of a bf16 checkpoint and a bf16 copy of an fp32 checkpoint both do. Hashes are 48 bits, against mix-ups, not attackers.
+A model in a dtype that the record has must agree with that dtype's hash, in any other with that of bf16 or of fp16: a wide copy of
+a 16-bit checkpoint and 16-bit copies of a wide one do. What was rounded to one 16-bit dtype says too little of the other: such
+copies are refused. Hashes are 48 bits, against mix-ups, not attackers.
 
 Shape suffixes: K kept entries.
 """
@@ -24,6 +26,7 @@ from .targets import parameter_shape
 from .writing import flat_view, gather
 
 SAMPLES = 64
+_SHORT = {torch.bfloat16: "sample", torch.float16: "sample_float16"}
 
 
 def entries_hash(entries_K: torch.Tensor) -> str:
@@ -32,12 +35,12 @@ def entries_hash(entries_K: torch.Tensor) -> str:
     return base64.b64encode(hashlib.blake2b(raw_K.data, digest_size=6).digest()).decode()
 
 
-def sample_hash(weight: torch.Tensor) -> str:
-    """Hash of up to 64 evenly spaced entries of `weight`, rounded to bf16."""
+def sample_hash(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Hash of up to 64 evenly spaced entries of `weight`, rounded to bf16 or another dtype."""
     flat = flat_view(weight)
     count = min(SAMPLES, flat.numel())
     positions = torch.arange(count, device=flat.device) * max(1, flat.numel()) // max(1, count)
-    return entries_hash(flat[positions].to(torch.bfloat16))
+    return entries_hash(flat[positions].to(dtype))
 
 
 def _key(dtype: torch.dtype) -> str:
@@ -47,20 +50,26 @@ def _key(dtype: torch.dtype) -> str:
 def fingerprint(weight: torch.Tensor, indices_K: torch.Tensor) -> dict[str, Any]:
     """The record of one tensor, taken before anything is written into `weight`."""
     base_K = gather(weight, indices_K)
-    record: dict[str, Any] = {"shape": list(weight.shape), "sample": sample_hash(weight)}
-    for dtype in dict.fromkeys((weight.dtype, torch.bfloat16)):
+    record: dict[str, Any] = {"shape": list(weight.shape)} | {key: sample_hash(weight, dtype) for dtype, key in _SHORT.items()}
+    for dtype in dict.fromkeys((weight.dtype, *_SHORT)):
         record[_key(dtype)] = entries_hash(base_K.to(dtype))
     return record
 
 
-def _compared_in(record: dict[str, Any], dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype in which a weight of `dtype` is compared with the record's hash of entries; None where it has none to compare."""
-    return next((d for d in (dtype, torch.bfloat16) if _key(d) in record), None)
+def _compared_in(record: dict[str, Any], dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtypes in one of which a weight of `dtype` must agree with the record's hash of entries; none where it has no hash."""
+    return [dtype] if _key(dtype) in record else [d for d in _SHORT if _key(d) in record]
 
 
 def covers_entries(record: dict[str, Any] | None, dtype: torch.dtype) -> bool:
     """Whether the check of a weight of `dtype` depends on its entries at the adapter's indices alone, and on all of them."""
-    return _compared_in(record or {}, dtype) is not None
+    return bool(_compared_in(record or {}, dtype))
+
+
+def same_sample(one: dict[str, Any], other: dict[str, Any]) -> bool | None:
+    """Whether two records are of one base by the samples that both have; None when they share none."""
+    shared = [key for key in _SHORT.values() if key in one and key in other]
+    return any(one[key] == other[key] for key in shared) if shared else None
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -84,13 +93,15 @@ def check_fingerprint(
     """
     check_shape(name, weight, delta.shape, base)
     record = record or {}
-    dtype = _compared_in(record, weight.dtype)
-    if dtype is not None:
-        same = entries_hash(base_K.to(dtype)) == record[_key(dtype)]
+    dtypes = _compared_in(record, weight.dtype)
+    if dtypes:
+        same: bool | None = any(entries_hash(base_K.to(dtype)) == record[_key(dtype)] for dtype in dtypes)
     else:
-        same = "sample" not in record or sample_hash(weight) == record["sample"]
-    if not same:
-        raise UserError(f"this adapter is for another base ({base}): {name} has other values than the one it was trained on")
+        same = same_sample(record, {key: sample_hash(weight, dtype) for dtype, key in _SHORT.items()})
+    if same is False:
+        of = f"; if it is the same model rounded to {weight.dtype}, load it in the dtype that the adapter was trained in"
+        hint = of if weight.dtype in _SHORT else ""
+        raise UserError(f"this adapter is for another base ({base}): {name} has other values than the one it was trained on{hint}")
 
 
 def check_shape(name: str, weight: torch.Tensor, shape: tuple[int, ...], base: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from .adapter import AdapterConfig, SparseAdapter
 from .delta import VALUE_DTYPES, SparseDelta
 from .errors import UserError, nearest
+from .fingerprint import same_sample
 from .merge_methods import METHODS, Stack
 from .merge_report import Row, measure, totals
 
@@ -99,10 +100,10 @@ def check_same_base(sources: Sequence[Source], names: Sequence[str]) -> None:
             shapes = [tuple(f["shape"]) for f in (x, y) if "shape" in f]
             if len(shapes) == 2 and shapes[0] != shapes[1]:
                 raise UserError(f"{names[0]} and {name} have different bases: {tensor} has shapes {shapes[0]} and {shapes[1]}")
-            if "sample" in x and "sample" in y:
-                if x["sample"] != y["sample"]:
-                    raise UserError(f"{names[0]} and {name} were trained on different bases: {tensor} has other values")
-                proven = True
+            same = same_sample(x, y)
+            if same is False:
+                raise UserError(f"{names[0]} and {name} were trained on different bases: {tensor} has other values")
+            proven = proven or same is True
         mine, other = first.config, source.config
         a, b = mine.base_model_name_or_path, other.base_model_name_or_path
         if not proven and a is not None and b is not None and a != b:
@@ -167,7 +168,7 @@ def merged_print(name: str, merged: SparseDelta, sources: Sequence[Source]) -> d
             continue
         if torch.equal(source.deltas[name].indices_K.cpu(), merged.indices_K):
             return dict(record)
-        found = found or {k: v for k, v in record.items() if k in ("shape", "sample")}
+        found = found or {k: v for k, v in record.items() if k in ("shape", "sample", "sample_float16")}
     return found
 
 

@@ -34,6 +34,11 @@ class Parked:
     values_P: torch.Tensor
     base_P: torch.Tensor
 
+    def loaded_from(self, weight: torch.Tensor) -> Parked:
+        """The same entries with the change that a newly loaded weight holds."""
+        wide_P = gather(weight, self.indices_P).to(self.values_P.dtype)
+        return Parked(self.indices_P, wide_P - self.base_P.to(wide_P.dtype), self.base_P)
+
 
 def active(tuner: Tuner, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(sorted indices, values) that train now; copies."""

@@ -9,9 +9,10 @@ Shape suffixes: K kept entries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from .ops.recipes import hooks_forbid, recipe_of, sharded
 from .partitioned import is_absent, is_partitioned
 from .together import Together
 from .writing import Sum, gather, scatter
+
+if TYPE_CHECKING:
+    from .remask import Parked
 
 
 def check_adaptable(name: str, weight: torch.Tensor) -> None:
@@ -47,7 +51,7 @@ class Slot:
         keep_dtype: torch.dtype | None = None, together: Together | None = None,
     ) -> None:
         weight: nn.Parameter = getattr(module, attribute)
-        self.name, self.module, self.attribute = name, module, attribute
+        self.name, self.module, self.attribute, self.own = name, module, attribute, weight
         self._backward, self._keep_dtype = backward, keep_dtype
         self.together = together or Together()
         self.reason = "dense gradient of this tensor alone"
@@ -59,7 +63,6 @@ class Slot:
         values_K = nn.Parameter(torch.zeros(indices_K.numel(), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
             values_K = nn.Parameter(values_K.data.double())
-        values_K.is_speft_values = True  # type: ignore[attr-defined]
         indices_K = indices_K.to(weight.device)
         module.register_parameter(f"{attribute}_values", values_K)
         module.register_buffer(f"{attribute}_indices", indices_K, persistent=False)
@@ -110,9 +113,17 @@ class Slot:
         """The base's entries, bit for bit."""
         return self.module._buffers[f"{self.attribute}_base"]  # type: ignore[return-value]
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether a tensor of the caller's stands in for the parameter (torch.func.functional_call), which is not ours to write.
+
+        FSDP lends its own, a view of the flat parameter, which holds the base and is to be written.
+        """
+        return type(self.weight) is torch.Tensor and "_fsdp_flattened" not in self.own.__dict__
+
     def write(self) -> None:
         """Make the weight hold base + values; skipped when a forward without gradients finds nothing changed."""
-        if is_absent(self.weight):  # its next forward gathers and writes
+        if is_absent(self.weight) or self.is_lent:  # its next forward gathers and writes
             return
         values_K = self.values_K
         if torch.is_grad_enabled() and values_K.requires_grad:
@@ -127,7 +138,8 @@ class Slot:
 
     def rewrite(self) -> None:
         """Write base + values in any case: into a weight that was gathered anew from shards, which hold the base alone."""
-        self._sum.write(self.weight, self.indices_K, self.base_K, self.values_K)
+        if not is_absent(self.weight) and not self.is_lent:
+            self._sum.write(self.weight, self.indices_K, self.base_K, self.values_K)
 
     def summed(self) -> torch.Tensor:
         """A copy of the parameter with base + values in it, differentiable by values; for graphs, which do not see `write`."""
@@ -175,6 +187,20 @@ class Slot:
             self.module._non_persistent_buffers_set.discard(f"{self.attribute}_{kind}")
 
 
+@contextmanager
+def standing_in(module: nn.Module, taps: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within it the taps take the place of the module's parameters: an attribute of the instance hides a parameter."""
+    instance = module.__dict__
+    before = {attribute: instance[attribute] for attribute in taps if attribute in instance}
+    instance.update(taps)
+    try:
+        yield
+    finally:
+        for attribute in taps:
+            instance.pop(attribute, None)
+        instance.update(before)
+
+
 class AttachedForward:
     """Replaces `module.forward` while attached; hooks, name and class of the module stay. Calls the original for all but plain Linear.
 
@@ -182,8 +208,9 @@ class AttachedForward:
     hooks are methods and not closures.
     """
 
-    def __init__(self, module: nn.Module, slots: list[Slot]) -> None:
-        self.module, self.slots = module, slots
+    def __init__(self, module: nn.Module, slots: list[Slot], parked: dict[str, Parked]) -> None:
+        self.module, self.slots, self._parked = module, slots, parked
+        self.called = False  # in training
         self.fast = next((s for s in slots if s.work is not None), None)
         self.bias = next((s for s in slots if s.attribute == "bias"), None)
         self.had_own = module.__dict__.get("forward")  # set on the instance by someone before us, put back on removal
@@ -198,14 +225,14 @@ class AttachedForward:
             slot.write()
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        fast = self.fast
+        self.called, fast = True, self.fast
         if fast is None or len(args) != 1 or kwargs:
             taps = {s.attribute: Tap.apply(s.weight, s.values_K, s.pick) for s in self.slots}
             return self._with(taps, args, kwargs)
         (x,), weight, bias = args, fast.weight, self.module._parameters["bias"]
         if self.bias is not None:
             bias = Tap.apply(bias, self.bias.values_K, self.bias.pick)
-        if sharded(weight):
+        if sharded(weight):  # or lent, and then not written, in backward neither
             return SparseLinear.apply(x, weight, bias, fast.values_K, fast.work_on(x.device), None, fast.rewrite)
         recipe = None if hooks_forbid() else recipe_of(x)
         return SparseLinear.apply(x, weight, bias, fast.values_K, fast.work_on(x.device), recipe)
@@ -215,7 +242,7 @@ class AttachedForward:
         fast = self.fast
         taps = {s.attribute: s.summed() for s in self.slots if s is not fast}
         if fast is not None and len(args) == 1 and not kwargs:
-            x, weight, bias = args[0], fast.weight, taps.get("bias", self.module.bias)
+            x, weight, bias = args[0], fast.weight, taps.get("bias", self.module._parameters["bias"])
             if torch.is_autocast_enabled(x.device.type):
                 low = torch.get_autocast_dtype(x.device.type)
                 x, bias = x.to(low), None if bias is None else bias.to(low)  # the operator casts the weight, once written
@@ -226,18 +253,14 @@ class AttachedForward:
 
     def _with(self, taps: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original forward with the taps in the place of their parameters; an instance attribute hides a parameter."""
-        instance = self.module.__dict__
-        try:
-            instance.update(taps)
+        with standing_in(self.module, taps):
             return self.original(*args, **kwargs)
-        finally:
-            for attribute in taps:
-                instance.pop(attribute, None)
 
     def install(self) -> None:
         """Take the forward's place."""
         self.module.forward = self
         self._hooks = [
+            self.module.register_state_dict_pre_hook(self._before_saving),
             self.module.register_state_dict_post_hook(functools.partial(AttachedForward._hide, self)),  # torch marks it: no method
             self.module.register_load_state_dict_pre_hook(self._before_load),
             self.module.register_load_state_dict_post_hook(self._after_load),
@@ -252,6 +275,10 @@ class AttachedForward:
         else:
             self.module.forward = self.had_own
 
+    def _before_saving(self, *_: Any) -> None:
+        for slot in self.slots:
+            slot.rewrite()  # the optimizer has stepped since the last forward
+
     def _hide(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         for slot in self.slots:
             state.pop(f"{prefix}{slot.attribute}_values", None)
@@ -264,3 +291,5 @@ class AttachedForward:
         missing[:] = [k for k in missing if k.rpartition(".")[2] not in hidden]
         for slot in self.slots:
             slot.loaded(slot.attribute in self._loaded)
+            if slot.attribute in self._loaded and slot.name in self._parked:
+                self._parked[slot.name] = self._parked[slot.name].loaded_from(slot.weight)

@@ -20,7 +20,23 @@ def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters by name, in module order, tied ones once, without the `values` that `attach` adds."""
-    return {n: p for n, p in model.named_parameters() if not getattr(p, "is_speft_values", False)}
+    return {n: p for n, p in model.named_parameters() if not (n.endswith("_values") and _is_added(model, n))}
+
+
+def _is_added(model: nn.Module, name: str) -> bool:
+    """Whether `attach` made it: by what lies beside it, since an attribute of the parameter would not survive a deep copy."""
+    module, _, attribute = name.removesuffix("_values").rpartition(".")
+    buffers = model.get_submodule(module)._buffers
+    return f"{attribute}_indices" in buffers and f"{attribute}_base" in buffers
+
+
+def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UserError for a parameter of an RNN: its forward reads a list made when the module was, where nothing can stand in."""
+    parameters, owners = base_parameters(model), owners_of(model)
+    for name in names:
+        for module, _ in owners.get(id(parameters.get(name)), ()):
+            if isinstance(module, nn.RNNBase):
+                raise UserError(f"{name}: the parameters of a {type(module).__name__} cannot be adapted; choose other targets")
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -99,6 +115,7 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[str]:
                 f"targets: {pattern!r} matches no parameter.{nearest(pattern, suffixes)} The model has {some}"
             )
         chosen.update(found)
+    check_reachable(model, chosen)
     return [n for n in names if n in chosen]
 
 

@@ -26,6 +26,7 @@ class Together:
         self._first: Slot | None = None  # the one that a pass through the model begins with
         self._laid: tuple[tuple[object, ...], native.Changes, list[Slot]] | None = None
         self._written: dict[Slot, tuple[int, int]] = {}
+        self.backwards = 0  #: layers whose backward has come, in all
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_laid": None, "_written": {}}  # addresses, which a copy must not have
@@ -38,13 +39,24 @@ class Together:
         """Whether base + values is in the slot's weight for its training forward, now or already; to be asked once a forward."""
         if self._first is None:
             self._first = slot
-        if slot is self._first and slot.weight.is_cpu and not sharded(slot.weight):
-            self._write()  # with ZeRO-3, to look at another layer's weight is to gather it
+        if slot is self._first and self._written.get(slot) != _seen(slot):
+            self._write_from(slot)
         return self._written.pop(slot, None) == _seen(slot)
+
+    def has_written(self, slot: Slot) -> bool:
+        """As `covers`, for a reader that is not the slot's forward."""
+        if not self._written:
+            self._write_from(slot)
+        return self._written.get(slot) == _seen(slot)
 
     def over(self) -> None:
         """A backward has come: values may be updated."""
         self._written.clear()
+        self.backwards += 1
+
+    def _write_from(self, slot: Slot) -> None:
+        if slot.weight.is_cpu and not sharded(slot.weight):
+            self._write()  # with ZeRO-3, to look at another layer's weight is to gather it
 
     def _write(self) -> None:
         state = tuple(part for slot in self._slots for part in _place(slot))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .inputs import Inputs
 from .keep import Keeper, kept_columns
@@ -72,6 +73,12 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: entries have no derivative, so a second one fails and is not left out
+            return once_differentiable(SparseLinear._gradients)(ctx, *grads)
+        return SparseLinear._gradients(ctx, *grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_y,), work = grads, ctx.work
         weight, kept = ctx.saved_tensors
         wants_x, _, wants_bias, wants_values = ctx.needs_input_grad[:4]

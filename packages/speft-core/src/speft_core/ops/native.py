@@ -124,7 +124,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, "native.c is of another version than native.py"
         return library, ""
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return None, f"{compiler} cannot build it ({type(error).__name__})"
+        return None, f"{compiler} cannot build it ({_first_error(error)})"
+
+
+def _first_error(error: Exception) -> str:
+    """The compiler's first line that names an error, what the loader said, or what kind of failure it was."""
+    if type(error) is OSError:  # built, but it cannot be loaded: clang's OpenMP next to GNU's
+        return str(error)
+    said = getattr(error, "stderr", None) or b""
+    lines = said.decode(errors="replace").splitlines()
+    return next((line.strip() for line in lines if "error" in line.lower()), type(error).__name__)
 
 
 def reason() -> str:

@@ -51,7 +51,44 @@ static inline vec rounded(vec value, int dtype) {
 
 static inline vec splat(float value) { return value - (vec){0}; }
 
+/* MIX takes numbers of two registers in the order named; `low` and `high` are the halves of one, `joined` is made of two. GCC before 12
+ * mixes into registers of the same size alone, by its own builtin. */
+#if defined(__clang__) || __GNUC__ >= 12
 #define MIX __builtin_shufflevector
+static inline v4 low4(v8 a) { return MIX(a, a, 0, 1, 2, 3); }
+static inline v4 high4(v8 a) { return MIX(a, a, 4, 5, 6, 7); }
+static inline v8 joined(v4 a, v4 b) { return MIX(a, b, 0, 1, 2, 3, 4, 5, 6, 7); }
+#if LANES == 16
+static inline v8 low8(vec a) { return MIX(a, a, 0, 1, 2, 3, 4, 5, 6, 7); }
+static inline v8 high8(vec a) { return MIX(a, a, 8, 9, 10, 11, 12, 13, 14, 15); }
+#endif
+#else
+#define MIX(a, b, ...)                                                                                          \
+    ({                                                                                                          \
+        typedef __typeof__(__builtin_choose_expr(sizeof((a)[0]) == 2, (uint16_t)0, (uint32_t)0)) place;         \
+        typedef place places __attribute__((vector_size(sizeof(a))));                                           \
+        __builtin_shuffle(a, b, (places){__VA_ARGS__});                                                         \
+    })
+#define PART(name, type, whole, at)                       \
+    static inline type name(whole a) {                    \
+        type part;                                        \
+        memcpy(&part, (const char *)&a + at, sizeof part); \
+        return part;                                      \
+    }
+PART(low4, v4, v8, 0)
+PART(high4, v4, v8, 16)
+static inline v8 joined(v4 a, v4 b) {
+    v8 both;
+    memcpy(&both, &a, sizeof a);
+    memcpy((char *)&both + sizeof a, &b, sizeof b);
+    return both;
+}
+#if LANES == 16
+PART(low8, v8, vec, 0)
+PART(high8, v8, vec, 32)
+#endif
+#undef PART
+#endif
 
 /* Registers hold four columns of a token in each sixteen bytes: the i-th of four has the tokens i, 4 + i, ... Turned, they hold a
  * column each, its tokens in order. No shuffle leaves its sixteen bytes, and nothing more than four registers is at work. */
@@ -82,7 +119,7 @@ static inline vec fours(const char *from, int64_t step) {
     v4 low, high;
     memcpy(&low, from, sizeof low);
     memcpy(&high, from + step, sizeof high);
-    return MIX(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+    return joined(low, high);
 #endif
 }
 
@@ -213,14 +250,14 @@ static inline void transpose(const factor *factors, int n, int64_t start, int co
 /* Sums of both halves, or the number itself. */
 static inline v8 narrow(vec a) {
 #if LANES == 16
-    return MIX(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + MIX(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+    return low8(a) + high8(a);
 #else
     return a;
 #endif
 }
 
 static inline float sum8(v8 a) {
-    v4 four = MIX(a, a, 0, 1, 2, 3) + MIX(a, a, 4, 5, 6, 7);
+    v4 four = low4(a) + high4(a);
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
@@ -231,6 +268,6 @@ static inline void add_sums(v8 a, v8 b, v8 c, v8 d, float *out) {
     v8 sums = MIX(low, high, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
     v4 four;
     memcpy(&four, out, sizeof four);
-    four += MIX(sums, sums, 0, 1, 2, 3) + MIX(sums, sums, 4, 5, 6, 7);
+    four += low4(sums) + high4(sums);
     memcpy(out, &four, sizeof four);
 }

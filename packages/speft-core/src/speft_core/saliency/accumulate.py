@@ -11,8 +11,8 @@ Shape suffixes: B examples, T tokens (of an example, or all), O outputs, I input
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from torch.nn import functional
 from ..errors import UserError
 from ..ops.functions import Tap
 from ..ops.matmul import grad_input
-from ..partitioned import Recompute, gathering
-from ..slots import AttachedForward
+from ..partitioned import Recompute, gathering, is_partitioned
+from ..slots import AttachedForward, standing_in
 from ..targets import base_parameters, owners_of
 from .sums import Accumulator
 
@@ -32,11 +32,23 @@ TILE_ELEMENTS = 1 << 20  # elements of a product formed at a time: 4 MB of fp32
 
 @dataclass
 class Examples:
-    """What the present batch says of its examples: their number, tokens each, and the share of each in the batch's loss."""
+    """What the present batch says of its examples: their number, tokens each, and the share of each in the batch's loss.
+
+    added: targets that got a term from this batch. mixed: those of which no batch gives each example's gradient by itself.
+    """
 
     count: int = 0
     length: int | None = None
     share_B: torch.Tensor | None = None
+    added: set[str] = field(default_factory=set)
+    mixed: set[str] = field(default_factory=set)
+
+    def takes(self, name: str) -> bool:
+        """Whether a term of `name` is an example's whole gradient: not a second one, from a module that is called again."""
+        if name in self.added:
+            self.mixed.add(name)
+        self.added.add(name)
+        return name not in self.mixed
 
     def split(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """`x` as [B, T, features]: it may come as [B, ..., features] or flattened to [B · T, features]."""
@@ -128,13 +140,14 @@ class _Scorer:
 
     def add(self, grad_y: torch.Tensor, x: torch.Tensor | None) -> None:
         """Called by backward with the gradient of the module's output and, where the weight is scored, its input."""
-        if x is not None:
+        single = self.rule.of_example is not None
+        if x is not None and not (single and not self.examples.takes(self.sums["weight"].name)):
             total = self.sums["weight"]
             grad = self.rule.scaled(total, grad_y, self.examples)
             left, right = (x, grad) if self.transposed else (grad, x)
             self.rule.product(total, left, right, self.examples)
             total.end()
-        if "bias" in self.sums:
+        if "bias" in self.sums and not (single and not self.examples.takes(self.sums["bias"].name)):
             self.rule.bias(self.sums["bias"], grad_y, self.examples)
             self.sums["bias"].end()
 
@@ -145,21 +158,23 @@ class _Scorer:
             weight, bias = self.module._parameters["weight"], self.module._parameters.get("bias")
             assert weight is not None
             return _AccumulatingLinear.apply(args[0], weight, bias, _anchor(weight) if self.sums else None, self)
-        taps = {}
+        with standing_in(self.module, self.taps()):
+            return self.original(*args, **kwargs)
+
+    def taps(self) -> dict[str, torch.Tensor]:
+        """Stand-ins for the scored parameters, by attribute, for whoever reads them."""
+        found = {}
         for attribute, total in self.sums.items():
             parameter = self.module._parameters[attribute]
             assert parameter is not None
-            taps[attribute] = Tap.apply(parameter, _anchor(parameter), self._discarding(total))
-        try:
-            self.module.__dict__.update(taps)
-            return self.original(*args, **kwargs)
-        finally:
-            for attribute in taps:
-                self.module.__dict__.pop(attribute, None)
+            found[attribute] = Tap.apply(parameter, _anchor(parameter), self._discarding(total))
+        return found
 
     def _discarding(self, total: Accumulator) -> Callable[[torch.Tensor], torch.Tensor]:
         def add(grad: torch.Tensor) -> torch.Tensor:
-            assert self.rule.of_example is None, "a dense gradient mixes the examples of a batch"
+            if self.rule.of_example is not None:
+                self.examples.mixed.add(total.name)  # a dense gradient is that of all examples
+                return grad.new_zeros(0)
             total.add(grad)
             total.end()
             return grad.new_zeros(0)
@@ -203,6 +218,7 @@ def frozen(model: nn.Module) -> Iterator[Recompute]:
     tuner = getattr(model, "_speft_tuner", None)
     if tuner is not None:
         tuner.sync()
+        tuner.outside.remove()
     required = {p: p.requires_grad for p in model.parameters()}
     training = {m: m.training for m in model.modules()}
     attached = {m: f for m in model.modules() if isinstance(f := m.__dict__.get("forward"), AttachedForward)}
@@ -217,6 +233,8 @@ def frozen(model: nn.Module) -> Iterator[Recompute]:
     finally:
         for forward in attached.values():
             forward.install()
+        if tuner is not None:
+            tuner.outside.install()
         for parameter, wanted in required.items():
             parameter.requires_grad_(wanted)
         for module, was in training.items():
@@ -242,11 +260,15 @@ def accumulating(
                 attributes[attribute] = sums[name]
     examples = Examples()
     scorers = [_Scorer(module, attributes, rule, examples) for module, attributes in by_module.items()]
+    stack = ExitStack()
     try:
         for scorer in scorers:
+            if not any(is_partitioned(p) for p in scorer.module._parameters.values() if p is not None):
+                stack.enter_context(standing_in(scorer.module, scorer.taps()))  # for modules that read another one's parameters
             scorer.module.forward = scorer
         yield examples
     finally:
+        stack.close()
         for scorer in scorers:
             if scorer.module.__dict__.get("forward") is scorer:
                 scorer.remove()

@@ -71,26 +71,26 @@ def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tens
     """Sums over examples of a function of each example's gradient: name -> sum.
 
     Weights and biases of linear layers get all examples of a batch at once, by batched products in tiles. Other
-    parameters, and tied ones, only know the whole batch's gradient, so they take a second round in which each example is a
-    batch of its own.
+    parameters, tied ones and those of layers that are called more than once (or under autocast, or whose weight another
+    module reads) only know the whole batch's gradient, so they take a second round in which each example is a batch of its own.
     """
     sums = run.accumulators(names)
     with frozen(run.model) as again, recomputing(run.model, again):
         batched = is_batched(run.model, names)
         at_once, alone = [n for n in names if batched[n]], [n for n in names if not batched[n]]
-        if alone and run.calibration.together:
-            raise UserError(
-                f"the weights are partitioned over the ranks, which can score single examples for untied linear layers alone;"
-                f" {alone[0]} is none: choose other targets, or find the mask where the weights are whole (ZeRO stage 0 to 2)"
-            )
-        if at_once and alone:
-            run.calibration.keep()
+        _check_alone(run, alone)
+        run.calibration.keep()
         if at_once:
             part = {n: sums[n] for n in at_once}
             run.calibration.shared = _combined(part)
             with accumulating(run.model, part, Rule(function), run.all_names) as examples, torch.enable_grad():
                 for number, batch, _ in run.calibration:
                     _backward_examples(run, number, batch, examples)
+            mixed = examples.mixed if run.calibration.peers is None else run.calibration.peers.union(examples.mixed)
+            for name in mixed:
+                sums[name].sum.zero_()
+            alone = [n for n in names if n in mixed or not batched[n]]
+            _check_alone(run, alone)
         if alone:
             gradients = run.accumulators(alone)
             run.calibration.shared = _combined({n: sums[n] for n in alone})
@@ -102,6 +102,14 @@ def _per_example(run: Pass, names: Sequence[str], function: Callable[[torch.Tens
                             sums[name].add(function(gradient.sum))
                             gradient.sum.zero_()
     return {n: s.sum for n, s in sums.items()}
+
+
+def _check_alone(run: Pass, alone: Sequence[str]) -> None:
+    if alone and run.calibration.together:
+        raise UserError(
+            f"the weights are partitioned over the ranks, which can score single examples for untied linear layers alone that are"
+            f" called once; {alone[0]} is none: choose other targets, or find the mask where the weights are whole (ZeRO stage 0 to 2)"
+        )
 
 
 def _single_examples(batch: Batch) -> list[Batch]:
@@ -117,6 +125,7 @@ def _single_examples(batch: Batch) -> list[Batch]:
 def _backward_examples(run: Pass, number: int, batch: Batch, examples: Examples) -> None:
     examples.count, examples.length = batch_size(batch), sequence_length(batch)
     examples.share_B = shares_of_examples(run.model, batch)
+    examples.added.clear()
     if not run.calibration.together and not bool((examples.share_B > 0).any()):
         return  # no labelled token, so no loss
     loss = run.calibration.loss(number, batch)
@@ -147,9 +156,10 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
     hooks: list[Any] = []
     current: dict[str, torch.Tensor | None] = {"mask": None}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).to(squares[name].dtype)
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = (*args, *named.values())[0].detach()
+            x_TI = x.reshape(-1, x.shape[-1]).to(squares[name].dtype)
             mask = current["mask"]
             if mask is not None and mask.numel() == x_TI.shape[0]:
                 x_TI = x_TI * mask.reshape(-1, 1).to(x_TI.dtype)
@@ -168,7 +178,7 @@ def input_norms(run: Pass, names: Sequence[str]) -> Statistics:
             rows, columns = parameter_shape(weight)
             shape = (rows, 1) if transposed else (1, columns)
             squares.setdefault(name, torch.zeros(shape, dtype=wide_dtype(weight.dtype), device=weight.device))
-            hooks.append(module.register_forward_pre_hook(watch(name)))
+            hooks.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
     run.calibration.shared = squares
     peers = run.calibration.peers if run.calibration.together else None
     try:

@@ -82,6 +82,10 @@ class Peers:
         """The smallest of all ranks' values, on all ranks; None counts for nothing."""
         return min((v for (v,) in self._agree([value]) if v is not None), default=None)
 
+    def union(self, names: set[str]) -> set[str]:
+        """All ranks' names, on all ranks."""
+        return {name for (few,) in self._agree([sorted(names)]) for name in few}
+
     def agree(self, message: str | None) -> None:
         """Go on together: UserError with this rank's `message`, PeerFailed with another's."""
         self._agree(message)

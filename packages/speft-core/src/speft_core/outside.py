@@ -1,0 +1,114 @@
+"""Parameters that another module's forward reads: Mamba's mixer multiplies by `dt_proj.weight` and never calls `dt_proj`.
+
+Their own module's forward (slots.py) does not come by then. So at first every adapted parameter is served twice: by its own
+module's forward, and by a tap that stands in for it while the forward of a module above runs. After a backward it is known which
+taps were read. Parameters whose module is called and whose tap is not read, nearly always all of them, are left to their modules
+from then on; with none left, nothing of this file runs any more.
+
+Modules above, not the model alone: with activation checkpointing a layer runs again in backward, when the model's own forward is
+over. A compiled graph does not come by here.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops.functions import Tap
+from .partitioned import is_partitioned
+from .slots import AttachedForward, Slot, standing_in
+from .together import Together
+
+#: In evaluation they take a path of their own, which reads the weights of modules that training calls.
+FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+class Outside:
+    """The hooks on modules above those of `forwards`. A deep copy of the model has its own, so hooks are methods and not closures."""
+
+    def __init__(self, model: nn.Module, forwards: Sequence[AttachedForward], together: Together) -> None:
+        self._together, self._backwards = together, together.backwards
+        self._read: set[Slot] = set()  # by a module above
+        self._served: set[AttachedForward] = set()  # whose taps are in place now
+        self._open: dict[int, list[tuple[nn.Module, ExitStack]]] = {}  # thread -> its forwards in progress
+        self._hooks: list[Any] = []
+        self._fused = {m for layer in model.modules() if isinstance(layer, FUSED) for m in layer.modules()}
+        served = {f.module: f for f in forwards}
+        above = {m: [served[b] for b in m.modules() if b in served and b is not m] for m in model.modules()}
+        self._above = {module: below for module, below in above.items() if below}
+        self.install()
+
+    def install(self) -> None:
+        """Put the hooks on."""
+        for module in self._above:
+            self._hooks.append(module.register_forward_pre_hook(self._enter))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def remove(self) -> None:
+        """Take them off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        opened = self._open.setdefault(threading.get_ident(), [])
+        if not opened and torch._C._current_graph_task_id() < 0:  # a forward begins, not one within a backward
+            self._decide()
+        stack = ExitStack()
+        if not torch.is_grad_enabled():
+            for forward in self._whole(module) if not opened else ():
+                for slot in forward.slots:
+                    slot.write()
+        else:
+            fresh = [f for f in self._whole(module) if f not in self._served]
+            for forward in fresh:
+                stack.enter_context(standing_in(forward.module, {s.attribute: self._tap(s) for s in forward.slots}))
+            self._served.update(fresh)
+            stack.callback(self._served.difference_update, fresh)
+        opened.append((module, stack))
+
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        opened = self._open.get(threading.get_ident())
+        if opened and opened[-1][0] is module:
+            opened.pop()[1].close()
+
+    def _whole(self, module: nn.Module) -> list[AttachedForward]:
+        """Those below it that may be looked at: weights in shards are gathered for their own module alone."""
+        return [f for f in self._above.get(module, ()) if not any(is_partitioned(s.own) for s in f.slots)]
+
+    def _tap(self, slot: Slot) -> torch.Tensor:
+        slot.stale = True
+        if not self._together.has_written(slot):
+            slot.rewrite()
+        return Tap.apply(slot.weight, slot.values_K, functools.partial(self._pick, slot))
+
+    def _pick(self, slot: Slot, grad: torch.Tensor) -> torch.Tensor:
+        self._read.add(slot)
+        return slot.pick(grad)
+
+    def _decide(self) -> None:
+        """Once a backward has come: leave to their modules the parameters that only these read."""
+        if self._together.backwards == self._backwards:
+            return
+        self._backwards = self._together.backwards
+        done = {
+            f
+            for below in self._above.values()
+            for f in below
+            if f.called and f.module not in self._fused and self._read.isdisjoint(f.slots)
+        }
+        if done:
+            self.remove()
+            left = {module: [f for f in below if f not in done] for module, below in self._above.items()}
+            self._above = {module: below for module, below in left.items() if below}
+            self.install()
