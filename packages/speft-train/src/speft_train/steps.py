@@ -10,7 +10,7 @@ from typing import Any
 from speft_core.errors import UserError
 from speft_core.files import atomic_folder, atomic_write
 
-from . import checkpoints, refusals, shards
+from . import checkpoints, refusals, shards, training_args
 from .config import to_yaml
 from .context import Run
 
@@ -39,6 +39,9 @@ def load(run: Run) -> Result:
     refusals.check(run.cfg, dtype)
     if torch.cuda.is_available() and not run.cfg.train.get("use_cpu"):
         run.model.to(torch.device("cuda", run.ranks.local_rank))
+    idle = training_args.idle_gpus(run.cfg, run.ranks.world)
+    if idle is not None:
+        run.say(f"  {idle}")
     if not classifies:
         run.data = data.build(run.cfg, run.tokenizer)
     for line in run.data.summary(run.cfg.data):

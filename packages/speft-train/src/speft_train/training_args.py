@@ -56,10 +56,25 @@ def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return TrainingArguments(**fields)
+            made = TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"train: transformers refuses these settings: {text}") from error
+    if made.n_gpu > 1:  # or the Trainer would copy the model to all GPUs (DataParallel), and cut up or enlarge each batch
+        made._n_gpu = 1
+    return made
+
+
+def idle_gpus(cfg: RunConfig, world: int) -> str | None:
+    """What there is to say where one process runs on a host with several GPUs."""
+    import torch
+
+    if world > 1 or cfg.train.get("use_cpu") or not torch.cuda.is_available() or (count := torch.cuda.device_count()) < 2:
+        return None
+    return (
+        f"one process uses one GPU, {count - 1} more stay idle; to use all of them:"
+        f" deepspeed --num_gpus {count} packages/speft-train/run.py CONFIG"
+    )
 
 
 def wants_tensorboard(cfg: RunConfig) -> bool:
