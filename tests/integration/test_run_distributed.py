@@ -59,6 +59,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         config = make_config(folder / f"{name}-2.yaml", model, folder / "two" / name, **merged(both, theirs))
         runs.append([str(config), []])
     runs.append([runs[0][0], ["adapter.budget.k=99999999", f"output_dir={folder / 'two' / 'refused'}"]])
+    unset = make_config(folder / "unset.yaml", model, folder / "two" / "unset", **LIGHT, train={"per_device_train_batch_size": 4})
+    unset.write_text("".join(line for line in unset.read_text().splitlines(keepends=True) if "global_batch_size" not in line))
+    runs.append([str(unset), []])
     return run_all(folder, runs)
 
 
@@ -110,6 +113,21 @@ def test_another_number_of_ranks_starts_warm_and_says_so(ran: Path, tmp_path: Pa
     found = results.read(RunFolder(run))
     assert found["steps"] == 6
     assert losses(run)[:4] == losses(ran / "two" / "stage2")[:4]
+
+
+def test_a_batch_that_follows_the_number_of_ranks_is_refused_on_another(ran: Path) -> None:
+    """Two ranks of four examples each; told what makes one process see eight, it goes on."""
+    assert end_of(ran, len(CASES) + 1)["code"] == 0
+    run = ran / "two" / "unset"
+    before, told = losses(run), "checkpoint-4 was made with 8 examples a step, 1 process makes it 4, .*; set train.global_batch_size=8"
+    shutil.rmtree(run / "checkpoint-6")
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(sc.UserError, match=told):
+        cli.execute(ran / "unset.yaml", [], dry_run=False)
+    assert (run / "checkpoint-4" / "COMPLETE").is_file() and not (run / "adapter").exists()
+    cli.execute(ran / "unset.yaml", ["train.global_batch_size=8"], dry_run=False)
+    assert "warm start" in (run / "report.md").read_text()
+    assert len(before) == 6 and losses(run)[:4] == before[:4] and losses(run)[4] == pytest.approx(before[4], abs=1e-5)
 
 
 def test_an_error_on_all_ranks_is_one_line(ran: Path) -> None:

@@ -42,6 +42,9 @@ SAYS = {
         r"self\._load_optimizer_and_scheduler\(resume_from_checkpoint\)",
         r"self\._load_scaler\(resume_from_checkpoint\)",
     ],
+    "_init_training_state": [r"self\._load_callback_state\(\)"],
+    "_load_callback_state": [r"if not self\.args\.restore_callback_states_from_checkpoint:\s+return"],
+    "_finalize_training": [r"self\.state\.best_model_checkpoint is not None and self\.args\.save_total_limit == 1:"],
     "_wrap_model": [r"self\.args\.n_gpu > 1\s.*?\):\s+model = nn\.DataParallel\(model\)"],
     "__init__": [r"self\.args\._n_gpu = 1"],
     "_save_checkpoint": [

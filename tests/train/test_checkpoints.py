@@ -49,6 +49,17 @@ def test_rotation_keeps_the_newest_complete_ones(tmp_path: Path, limit: int | No
     assert (tmp_path / "checkpoint-4").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("limit", "best", "left"), [(None, True, [1, 2, 3]), (2, True, [1, 2, 3]), (1, False, [3]), (1, True, [2])]
+)
+def test_a_run_that_is_over_keeps_what_shipped(tmp_path: Path, limit: int | None, best: bool, left: list[int]) -> None:
+    """Found by its name: a run's folder may have moved since."""
+    make(tmp_path, 1, 2, 3)
+    (tmp_path / "checkpoint-3" / checkpoints.STATE).write_text('{"best_model_checkpoint": "elsewhere/run/checkpoint-2"}')
+    checkpoints.settle(tmp_path, limit, best)
+    assert [checkpoints.step_of(f) for f in checkpoints.complete(tmp_path)] == left
+
+
 def attached(k: int = 40, seed: int = 0) -> tuple[torch.nn.Module, sc.Tuner]:
     model = pico.llama()
     mask = sc.find_mask(model, metric="random", budget=sc.Budget(k=k), seed=seed)
@@ -103,10 +114,21 @@ def test_no_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch
     assert not list(folder.iterdir())
 
 
+def test_a_state_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    """Without it nobody knows which checkpoint is the best."""
+    make(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / checkpoints.STATE).write_text('{"global_step": 1')
+    with pytest.raises(sc.UserError, match=r"checkpoint-1/trainer_state.json cannot be read; remove .*checkpoint-1 to start"):
+        checkpoints.shipped(tmp_path / "checkpoint-1", best=True)
+
+
 def test_the_marker_says_who_can_load_the_optimizer(tmp_path: Path) -> None:
     make(tmp_path, 1)
     folder = tmp_path / "checkpoint-1"
+    assert checkpoints.made_by(folder) == {"engine": "torch"} and checkpoints.plan(folder) == {}
+    checkpoints.mark_complete(folder, {"engine": "torch", checkpoints.BATCH: 8, checkpoints.STEPS: 100})
     assert checkpoints.made_by(folder) == {"engine": "torch"}
+    assert checkpoints.plan(folder) == {checkpoints.BATCH: 8, checkpoints.STEPS: 100}
     checkpoints.unmark(folder)
-    assert checkpoints.made_by(folder) == {}
+    assert checkpoints.made_by(folder) == checkpoints.plan(folder) == {}
     assert checkpoints.complete(tmp_path) == []

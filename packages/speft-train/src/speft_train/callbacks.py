@@ -19,18 +19,46 @@ SHOWN_EXAMPLES = 8
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the loop after the step in which any rank got a signal, with a checkpoint."""
+    """Ends the loop after the step in which any rank got a signal; the Trainer then saves what is `unsaved`.
+
+    What is due at an epoch's end is done there and nowhere else: the run that goes on comes to it.
+    """
 
     def __init__(self, request: StopRequest, ranks: Ranks) -> None:
         self.request, self.ranks = request, ranks
+        self.stopping = self.saved = False
+        self.ends_here = False  #: whether the loop would have come to an epoch's end, or to its own, with this step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """All ranks agree, so that none saves alone, and that a signal which comes to one of them later changes nothing."""
         signum = self.ranks.max(self.request.signum or 0)
         if signum:
             self.request.note(signum)
-            control.should_save = True
+            self.stopping = True
+            self.ends_here = control.should_training_stop or float(state.epoch).is_integer()
             control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The loop comes here from the middle of an epoch too; the strategies have asked for what an end brings."""
+        if self.stopping and not self.ends_here:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What the step will change is in no checkpoint."""
+        self.saved = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nor are its figures."""
+        self.saved = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint holds all."""
+        self.saved = True
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the run stops, and something of it is in no checkpoint."""
+        return self.stopping and not self.saved
 
 
 class FiniteLoss(TrainerCallback):

@@ -5,7 +5,7 @@ checkpoint-120/
   dynamic.safetensors     of a mask that changes: what trains, what rests, how far it moved, the changes so far
   global_step120/         DeepSpeed: each rank's optimizer state       optimizer.pt   one plain process
   scheduler.pt, trainer_state.json, rng_state*.pth                     of transformers
-  COMPLETE                written last, after all ranks have written theirs
+  COMPLETE                written last, after all ranks have written theirs; what made it, its batch and steps in all
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from speft_core.targets import parameter_shape
 MARKER = "COMPLETE"
 TRAINABLE, DYNAMIC = "trainable.safetensors", "dynamic.safetensors"
 PREFIX = "checkpoint-"
+STATE = "trainer_state.json"
+# Keys of the marker: examples of one optimizer step over all processes, and steps of the whole run.
+BATCH, STEPS = "global_batch", "steps"
 # Left free beside a checkpoint: the report, the logs and the adapter follow.
 SPARE_BYTES = 64 << 20
 # Bytes a checkpoint keeps of a trained scalar at most: values, a float32 copy, two moments.
@@ -59,9 +62,9 @@ def remove_incomplete(run: Path) -> list[str]:
     return [f.name for f in broken]
 
 
-def mark_complete(folder: Path, made_by: Mapping[str, Any]) -> None:
-    """Write the marker; `made_by` says which setup can load the optimizer's state."""
-    atomic_write(folder / MARKER, json.dumps(dict(made_by)) + "\n")
+def mark_complete(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the marker; `record` says which setup can load the optimizer's state, and the run's BATCH and STEPS."""
+    atomic_write(folder / MARKER, json.dumps(dict(record)) + "\n")
 
 
 def unmark(folder: Path) -> None:
@@ -70,12 +73,27 @@ def unmark(folder: Path) -> None:
 
 
 def made_by(folder: Path) -> dict[str, Any]:
-    """What `mark_complete` was told."""
-    try:
-        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    """The setup that can load the optimizer's state."""
+    return {key: value for key, value in _json(folder / MARKER).items() if key not in (BATCH, STEPS)}
+
+
+def plan(folder: Path) -> dict[str, int]:
+    """BATCH and STEPS of the run that the checkpoint is of; without them where an older version has written it."""
+    return {key: value for key, value in _json(folder / MARKER).items() if key in (BATCH, STEPS)}
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The Trainer's state: its log, the best checkpoint, what its callbacks have counted."""
+    found = _json(folder / STATE)
+    if not found:
+        raise UserError(f"{folder / STATE} cannot be read; remove {folder} to start from the one before")
+    return found
+
+
+def shipped(newest: Path, best: bool) -> Path:
+    """The checkpoint whose values ship once training is over: the newest one, or the best where that is asked for."""
+    found = state(newest).get("best_model_checkpoint") if best else None
+    return newest.parent / Path(found).name if found else newest
 
 
 def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
@@ -84,6 +102,18 @@ def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
         return
     for folder in complete(run)[:-limit]:
         if keep is None or folder.name != Path(keep).name:
+            unmark(folder)
+            shutil.rmtree(folder)
+
+
+def settle(run: Path, limit: int | None, best: bool) -> None:
+    """The run is over and nothing resumes any more: with a limit of 1 no other checkpoint stays than the one that shipped."""
+    folders = complete(run)
+    if limit != 1 or not folders:
+        return
+    kept = shipped(folders[-1], best)
+    for folder in folders:
+        if folder != kept and kept in folders:
             unmark(folder)
             shutil.rmtree(folder)
 
@@ -152,3 +182,12 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     if free < needed + SPARE_BYTES:
         wanted = (needed + SPARE_BYTES) / 2**20
         raise UserError(f"no space for {what}: it needs {wanted:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty if it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -16,7 +16,8 @@ from typing import Any
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
-from .config import RunConfig, identity_dict, load_config, to_yaml
+from . import engine
+from .config import RunConfig, batch_plan, identity_dict, load_config, to_yaml
 
 CONFIG, RECORD = "config.yaml", "stages.json"
 # What a run computes. The deepspeed and evaluate sections say how it is computed and what is measured.
@@ -28,6 +29,8 @@ NEUTRAL = (
     "logging_first_step", "logging_steps", "per_device_eval_batch_size", "report_to", "run_name", "save_steps",
     "save_strategy", "save_total_limit", "torch_empty_cache_steps", "use_cpu",
 )  # fmt: skip
+# Several ways to say how many examples one optimizer step sees.
+BATCHES = ("train.global_batch_size", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
 def identity(cfg: RunConfig) -> dict[str, Any]:
@@ -69,10 +72,22 @@ class RunFolder:
             return
         theirs, ours = identity(found), identity(cfg)
         differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if set(differ) & set(BATCHES) and self._trained_with(cfg):
+            differ = [key for key in differ if key not in BATCHES]
         if differ:
             shown = ", ".join(f"{k} is {_show(theirs.get(k))} there and {_show(ours.get(k))} here" for k in differ[:3])
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise UserError(f"output_dir {self.path} holds a run of another config ({shown}{more}){other}")
+
+    def _trained_with(self, cfg: RunConfig) -> bool:
+        """Whether what was trained here so far saw as many examples a step as this config gives on these processes."""
+        from . import checkpoints
+
+        found = checkpoints.complete(self.path)
+        trained = checkpoints.plan(found[-1]).get(checkpoints.BATCH) if found else None
+        world = engine.launched_ranks()[1]
+        per_device, accumulation = batch_plan(cfg, world)
+        return (trained or self.result("train").get("global_batch_size")) == per_device * accumulation * world
 
     def _ended_at_once(self, found: RunConfig) -> bool:
         """Whether a run wrote its config here and nothing else, as one whose data do not exist: any other may follow."""

@@ -114,6 +114,8 @@ def save(run: Run) -> Result:
                 atomic_write(beside / "config.json", run.model.config.to_json_string())
             atomic_write(beside / "training_config.yaml", to_yaml(run.cfg))
             atomic_write(beside / "README.md", card.text(run))
+        best = bool(run.cfg.train.get("load_best_model_at_end"))
+        checkpoints.settle(run.folder.path, training_args.kept(run.cfg), best)
         return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
     size = run.ranks.on_main(work)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 
 import speft_core as sc
 
@@ -26,8 +26,11 @@ class RunTrainer(Trainer):
     """A Trainer whose checkpoints hold no frozen weight and whose batches do not depend on the number of processes.
 
     global_batch: examples of one optimizer step over all processes. lengths: tokens of each training example.
+    stop: what ends the run on a signal. keep: checkpoints that stay, beside the best one; None for all.
     dynamic: what changes the mask, if it changes. own_decay: name of a parameter -> a weight decay other than the rest's.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -35,13 +38,18 @@ class RunTrainer(Trainer):
         ranks: Ranks,
         global_batch: int,
         lengths: Sequence[int],
+        stop: callbacks.StopOnSignal,
+        keep: int | None = None,
         dynamic: sc.DynamicMask | None = None,
         own_decay: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.ranks, self.dynamic, self.own_decay = ranks, dynamic, dict(own_decay or {})
+        self.stop, self.keep = stop, keep
         args: TrainingArguments = self.args
+        # The Trainer's own rotation knows nothing of markers; at the end of the loop it would remove the checkpoint of a stop.
+        assert args.save_total_limit is None
         strategy = args.train_sampling_strategy
         self.order = GlobalBatches(
             len(lengths),
@@ -56,15 +64,19 @@ class RunTrainer(Trainer):
         self.warm_start: str | None = None
         self.finite = callbacks.FiniteLoss(ranks, self.order.examples_of)
         self.add_callback(self.finite)
+        self.add_callback(self.stop)  # after the Trainer's own, which asks for what the strategies say
 
     # Data ---------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalBatches:
         return self.order
 
-    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *, epoch: int, model: Any, trial: Any, **kwargs: Any) -> None:
         self.order.set_epoch(epoch)  # a resumed loader is wrapped too deep for the Trainer to reach the sampler
-        super()._run_epoch(epoch=epoch, **kwargs)
+        super()._run_epoch(epoch=epoch, model=model, trial=trial, **kwargs)
+        if self.stop.unsaved:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every validation example, also those that do not fill a batch."""
@@ -123,15 +135,12 @@ class RunTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"{checkpoints.PREFIX}{self.state.global_step}"
         if self.ranks.is_main:
             checkpoints.unmark(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         self.ranks.barrier()
         if self.ranks.is_main:
-            checkpoints.mark_complete(folder, self._made_by())
-            checkpoints.rotate(folder.parent, limit, self.state.best_model_checkpoint)
+            plan = {checkpoints.BATCH: self.order.batch, checkpoints.STEPS: self.state.max_steps}
+            checkpoints.mark_complete(folder, {**self._made_by(), **plan})
+            checkpoints.rotate(folder.parent, self.keep, self.state.best_model_checkpoint)
         self.ranks.barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -163,6 +172,8 @@ class RunTrainer(Trainer):
         if resume_from_checkpoint is None:
             return prepared
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if self.warm_start is None and getattr(self.accelerator, "scaler", None) is not None:
+            self._load_scaler(resume_from_checkpoint)
         return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -5,7 +5,6 @@ agree.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from speft_core.errors import UserError
 from speft_core.partitioned import is_partitioned, whole
 from speft_core.remask import union
 
-from . import checkpoints, dynamic, engine, memory, training_args
+from . import checkpoints, dynamic, engine, memory, resuming, training_args
 from .context import Run
 from .sampler import steps_in_all
 from .signals import Stopped
@@ -35,20 +34,20 @@ def train(run: Run) -> Result:
 
     assert run.attached is not None
     args = training_args.build(run.cfg, run.ranks, run.folder.path)
-    changes = dynamic.build(run)
-    trainer = _trainer(run, args, changes)
     batch = training_args.global_batch(run.cfg, run.ranks.world)
     total = steps_in_all(len(run.data.train), batch, args.max_steps, args.num_train_epochs)
-    checkpoint = _checkpoint_to_resume(run)
+    checkpoint = resuming.checkpoint(run, batch, total)
+    changes = dynamic.build(run)
+    trainer = _trainer(run, args, changes)
     before = run.folder.result("train").get("train_seconds", 0.0) if checkpoint else 0.0
     memory.reset_peak()
     started = time.perf_counter()
     use_cache = run.model.config.use_cache
     ordinary = [p for p in run.attached.model.parameters() if not is_partitioned(p)]
     try:
-        if checkpoint is not None and checkpoints.step_of(checkpoint) >= total:
-            checkpoints.load(run.attached.model, _best(checkpoint, args), changes)
-            history = _saved_history(checkpoint)
+        if checkpoint is not None and resuming.is_over(run.cfg, checkpoint, total):
+            checkpoints.load(run.attached.model, checkpoints.shipped(checkpoint, args.load_best_model_at_end), changes)
+            history = _kept(checkpoints.state(checkpoint).get("log_history", []))
         else:
             history = _loop(run, trainer, checkpoint)
     finally:
@@ -103,7 +102,7 @@ def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> Any:
     from . import callbacks, tensorboard_log, trainer
 
     assert run.attached is not None
-    extra: list[Any] = [callbacks.StopOnSignal(run.request, run.ranks)]
+    extra: list[Any] = []
     if changes is not None:
         extra.append(dynamic.ChangeMask(changes, run.folder.path, run.ranks.is_main, run.say))
     if run.ranks.is_main:
@@ -127,6 +126,8 @@ def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> Any:
         ranks=run.ranks,
         global_batch=training_args.global_batch(run.cfg, run.ranks.world),
         lengths=run.data.train.lengths,
+        stop=callbacks.StopOnSignal(run.request, run.ranks),
+        keep=training_args.kept(run.cfg),
         dynamic=changes,
         own_decay=_own_decay(run),
     )
@@ -205,33 +206,6 @@ def _out_of_memory(run: Run) -> Iterator[None]:
 def _kept(log: list[Result]) -> list[Result]:
     rows = [{key: row[key] for key in KEPT if key in row} for row in log]
     return [row for row in rows if "loss" in row or "eval_loss" in row]
-
-
-def _saved_history(checkpoint: Path) -> list[Result]:
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return _kept(state.get("log_history", []))
-
-
-def _best(checkpoint: Path, args: Any) -> Path:
-    """The checkpoint that ships when training is over: the last, or the best one where that is asked for."""
-    if not args.load_best_model_at_end:
-        return checkpoint
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return Path(state.get("best_model_checkpoint") or checkpoint)
-
-
-def _checkpoint_to_resume(run: Run) -> Path | None:
-    def look() -> str | None:
-        for name in checkpoints.remove_incomplete(run.folder.path):
-            run.note(f"  {name} was not written to the end and is removed")
-        found = checkpoints.complete(run.folder.path)
-        return found[-1].name if found else None
-
-    name = run.ranks.on_main(look)
-    return None if name is None else run.folder.path / name
 
 
 def _require_finite(run: Run) -> None:

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_steps": 200,
     "save_total_limit": 2,
+    "restore_callback_states_from_checkpoint": True,  # what early stopping has counted
     "report_to": "none",  # TensorBoard is added by the run itself, in a folder of its own
     "disable_tqdm": True,  # so is the progress bar
     "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
@@ -43,6 +44,7 @@ def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )
+    fields["save_total_limit"] = None  # RunTrainer rotates, see `kept`
     fields.setdefault("per_device_eval_batch_size", per_device)  # what trains fits; eight long examples of a 7B model may not
     fields.setdefault("use_cpu", not torch.cuda.is_available())
     if fields["use_cpu"]:
@@ -75,6 +77,12 @@ def idle_gpus(cfg: RunConfig, world: int) -> str | None:
         f"one process uses one GPU, {count - 1} more stay idle; to use all of them:"
         f" deepspeed --num_gpus {count} packages/speft-train/run.py CONFIG"
     )
+
+
+def kept(cfg: RunConfig) -> int | None:
+    """Checkpoints that stay (`train.save_total_limit`); None for all."""
+    limit: int | None = {**DEFAULTS, **cfg.train}["save_total_limit"]
+    return limit
 
 
 def wants_tensorboard(cfg: RunConfig) -> bool:
