@@ -22,7 +22,7 @@ from .config_adapter import AdapterSection, BudgetConfig, DynamicConfig, check_a
 from .config_checks import check_tree, key
 from .config_layers import read_layers
 from .config_names import METRICS, PROBLEM_KINDS, TASKS, TEMPLATES
-from .train_args import with_no
+from .train_args import check_best, with_no
 
 __all__ = ["METRICS", "AdapterSection", "BudgetConfig", "DynamicConfig", "RunConfig", "from_mapping", "load_config"]
 
@@ -76,8 +76,8 @@ class DataConfig:
     """Where the examples come from, and how they become token ids and labels."""
 
     train: str = key("", "bundled:word-problems, a .jsonl or .csv file, or a Hub data set id", required=True)
-    test: str | None = key(None, "held-out data to evaluate on; default: the test split of train, if it has one")
-    validation: str | None = key(None, "data for the loss during training; none if absent")
+    test: str | None = key(None, "held-out data to evaluate on; default: the test split of train, or else the validation data")
+    validation: str | None = key(None, "data for the loss during training, measured where there are no test data; none if absent")
     subset: str | None = key(None, "configuration name of a Hub data set, such as main")
     revision: str | None = key(None, "branch, tag or commit of a Hub data set")
     train_split: str = key("train", "split of train, for Hub and bundled data")
@@ -102,8 +102,11 @@ class DataConfig:
     )
     validation_from_train: int = key(0, "take this many rows from the end of train for validation", minimum=0)
     max_length: int = key(1024, "longest example in tokens, prompt and answer", minimum=2)
-    overlong: str = key("drop", "what to do with longer training examples; test texts are cut", choices=("drop", "truncate"))
-    prompt_loss: bool = key(False, "learn the prompt's tokens too, not the answer's alone")
+    overlong: str = key(
+        "drop", "what to do with longer examples; of a classification those that are scored are always cut",
+        choices=("drop", "truncate"),
+    )  # fmt: skip
+    prompt_loss: bool = key(False, "learn the prompt's tokens too, not the answer's alone; what is measured stays the answer's")
     word_problems: WordProblemsConfig = key(WordProblemsConfig, "options of bundled:word-problems")
 
 
@@ -122,12 +125,12 @@ class DeepspeedSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What is measured on the test data, before and after training."""
+    """What is measured on the test data (or else on the validation data), before and after training."""
 
     enabled: bool = key(True, "evaluate at all")
     base: bool = key(True, "evaluate the model before training too")
     generation: bool = key(True, "generate answers and score them by exact match")
-    loss: bool = key(True, "mean loss per answer token on the test data")
+    loss: bool = key(True, "mean loss per answer token")
     batch_size: int = key(32, "prompts generated at once, and examples of a loss: fewer where their logits are many", minimum=1)
     max_new_tokens: int = key(256, "longest generated answer in tokens", minimum=1)
     limit: int | None = key(None, "number of test rows that are evaluated, the first ones", minimum=1)
@@ -270,6 +273,8 @@ def _check_together(tree: Mapping[str, Any]) -> list[str]:
     """Rules that need more than one key."""
     train = tree.get("train") or {}
     mistakes = check_adapter(tree.get("adapter") or {})
+    task, labels = (tree.get("model") or {}).get("task", "causal_lm"), (tree.get("data") or {}).get("labels", "auto")
+    mistakes += check_best(train, task, labels)
     if "global_batch_size" in train and "gradient_accumulation_steps" in train:
         mistakes.append("train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second")
     deepspeed = tree.get("deepspeed") or {}

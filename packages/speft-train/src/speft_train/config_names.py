@@ -14,6 +14,13 @@ METRICS = (
 POLICIES = ("rescore", "grow_and_drop")
 # speft_core.weight_change, which needs a second model.
 WEIGHT_CHANGE = "weight_change"
+# data.labels -> what a classification may measure: the loss, and rows of evaluate.metrics.
+_CLASSES, _NUMBERS = ("accuracy", "f1", "matthews"), ("pearson", "spearman")
+FIGURES = {
+    "classes": ("loss", *_CLASSES),
+    "numbers": ("loss", *_NUMBERS),
+    "auto": ("loss", *_CLASSES, *_NUMBERS),
+}
 TASKS = ("causal_lm", "sequence_classification")
 TEMPLATES = ("question_answer", "alpaca", "chat", "multiple_choice")
 BUDGET_UNITS = ("k", "density", "like_lora_r")

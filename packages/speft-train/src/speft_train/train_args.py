@@ -17,6 +17,8 @@ from typing import Any
 
 from speft_core.errors import nearest
 
+from .config_names import FIGURES
+
 # Keys of TrainingArguments that other parts of the config own, or that a run cannot honour, and what to do instead.
 MANAGED = {
     "output_dir": "set output_dir at the top level",
@@ -27,6 +29,7 @@ MANAGED = {
     "do_predict": "use the evaluate section",
     "resume_from_checkpoint": "a run resumes by itself from its newest complete checkpoint; remove it",
     "local_rank": "the launcher sets it; remove it",
+    "dataloader_drop_last": "each epoch is cut into whole global batches, what does not fill one waits for the next; remove it",
     "remove_unused_columns": "the data are already token ids and labels; remove it",
     "fsdp": "sharding is done by the deepspeed section",
     "fsdp_config": "sharding is done by the deepspeed section",
@@ -70,6 +73,7 @@ LIMITS: dict[str, tuple[str, Any]] = {
     "save_steps": ("more than 0", lambda v: v > 0),
     "dataloader_num_workers": ("at least 0", lambda v: v >= 0),
 }
+STEERED = ("reduce_lr_on_plateau", "greedy")  # schedules for which transformers takes the loss where no metric is named
 PRIMITIVES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -121,6 +125,28 @@ def check_train(train: Mapping[str, Any]) -> list[str]:
             mistakes.append(f"{path}: must be {words or 'text'}; got {value!r}")
         else:
             mistakes += _check_value(path, key, value, known[key])
+    return mistakes
+
+
+def check_best(train: Mapping[str, Any], task: str, labels: str = "auto") -> list[str]:
+    """Early stopping needs evaluations and a figure to stop by; what is best is told by a figure that is measured.
+
+    The Trainer finds out when it starts, or after the first evaluation, and then in other words.
+    """
+    mistakes = []
+    metric = train.get("metric_for_best_model")
+    if train.get("early_stopping_patience") is not None:
+        key = "train.early_stopping_patience"
+        if train.get("eval_strategy", "no") == "no":
+            mistakes.append(f"{key}: needs train.eval_strategy epoch or steps; got no")
+        by_loss = train.get("load_best_model_at_end") or train.get("lr_scheduler_type") in STEERED
+        if metric is None and not by_loss:
+            mistakes.append(f"{key}: needs train.load_best_model_at_end=true, or train.metric_for_best_model to stop by")
+    names = FIGURES[labels] if task == "sequence_classification" else ("loss",)
+    if metric is not None and metric.removeprefix("eval_") not in names:
+        one = f"one of {', '.join(names)}" if len(names) > 1 else f"loss, all that a {task} is measured by while it trains"
+        hint = nearest(metric.removeprefix("eval_"), names)
+        mistakes.append(f"train.metric_for_best_model: must be {one}; got {metric!r}.{hint}".removesuffix("."))
     return mistakes
 
 
