@@ -193,11 +193,34 @@ def test_build(tmp_path: Path) -> None:
 
 
 def test_build_names_the_rows_that_cannot_be_used(tmp_path: Path) -> None:
-    rows = [*ROWS[:2], {"question": "", "answer": "1"}, {"question": "a"}, ROWS[3]]
+    rows = [*ROWS[:2], {"question": ["q"], "answer": "1"}, {"question": "a"}, ROWS[3], {"question": "", "answer": None}]
     with pytest.raises(UserError) as caught:
         build(config(train=json_lines(tmp_path, rows)), byte_level())
-    assert "row 3: question must be text that is not empty" in str(caught.value)
+    assert "row 3: question must be text that is not empty; got ['q']" in str(caught.value)
     assert "row 4: answer must be text that is not empty; got None" in str(caught.value)
+
+
+def test_rows_with_an_empty_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    """As other tools do: published data sets have some. The rest keep their order; nothing else is left out."""
+    blank = [{"question": "q", "answer": ""}, {"question": "q", "answer": " \n"}, {"question": "", "answer": "1"}]
+    rows = [blank[0], *ROWS[:4], blank[1], blank[2], *ROWS[4:]]
+    path, test = json_lines(tmp_path, rows), json_lines(tmp_path, [*ROWS[:2], blank[0]], "t.jsonl")
+    settings = config(train=path, test=test, validation_from_train=3)
+    bundle = build(settings, byte_level())
+    assert bundle.train_rows == ROWS[:7] and bundle.test_rows == ROWS[:2] and bundle.validation_rows == ROWS[7:]
+    assert (len(bundle.train), len(bundle.validation or ()), len(bundle.test or ())) == (7, 3, 2)
+    assert (bundle.reports["train"].rows, bundle.reports["train"].empty) == (10, {"answer": 2, "question": 1})
+    lines = bundle.summary(settings.data)
+    assert lines[0].endswith("; 2 left out, answer empty; 1 left out, question empty")
+    assert "left out" not in lines[1] and lines[2].endswith("; 1 left out, answer empty")
+    again = build(settings, byte_level())
+    assert [again.train[i] for i in range(7)] == [bundle.train[i] for i in range(7)]
+
+
+def test_data_of_which_no_row_is_left_are_refused(tmp_path: Path) -> None:
+    path = json_lines(tmp_path, [{"question": "q", "answer": ""}] * 3)
+    with pytest.raises(UserError, match=r"d.jsonl has no row that can be used: answer is empty in all of them \(3\)"):
+        build(config(train=path), byte_level())
 
 
 def test_build_refuses_a_length_that_leaves_nothing(tmp_path: Path) -> None:

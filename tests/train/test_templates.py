@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pico_tokenizers import byte_level, with_dummy_space
 from speft_core import UserError
-from speft_train.data.templates import TEMPLATES, Piece, Rendered, columns_of
+from speft_train.data.templates import TEMPLATES, EmptyText, Piece, Rendered, columns_of
 from speft_train.data.tokens import IGNORED, TokenDataset, encode, prompt_ids, tokenize
 
 PLAIN = byte_level()
@@ -41,6 +41,7 @@ def test_alpaca_is_the_published_prompt_with_and_without_input() -> None:
     assert without.prompt.endswith("describes a task. Write a response that appropriately completes the request.\n\n"
                                    "### Instruction:\nAdd.\n\n### Response:")  # fmt: skip
     assert render("alpaca", {"instruction": "Add.", "output": "4"}) == without
+    assert render("alpaca", {**row, "input": " \n"}) == without
     assert learnt_text(with_input) == "4</s>"
 
 
@@ -55,6 +56,44 @@ def test_chat_learns_every_turn_of_the_assistant_and_nothing_else() -> None:
     ids, learnt = encode(example, PLAIN)
     assert ids == PLAIN(whole.rstrip(), add_special_tokens=False)["input_ids"], "no start or end token twice"
     assert ids[-1] == PLAIN.eos_token_id and learnt[-1]
+
+
+def turns(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)]}
+
+
+def test_what_a_chat_template_refuses_is_told_in_its_words() -> None:
+    """As Gemma's and Mistral's do."""
+    strict = byte_level()
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}{{ m['content'] + '\n' }}{% endfor %}"
+    )
+    assert render("chat", turns("user", "assistant"), strict).answer == "assistant 1\n"
+    with pytest.raises(UserError, match="chat template refuses turns of system, user: System role not supported"):
+        render("chat", turns("user", "assistant"), strict, system="Be brief.")
+    with pytest.raises(UserError, match="chat template refuses turns of user, user: Roles must alternate"):
+        render("chat", turns("user", "user", "assistant"), strict)
+    strict.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(UserError, match="chat template refuses turns of user: can only concatenate str"):
+        render("chat", turns("user", "assistant"), strict)
+
+
+def test_a_conversation_does_not_start_with_its_answer() -> None:
+    with pytest.raises(UserError, match="must not start with a turn of the assistant"):
+        render("chat", turns("assistant", "user", "assistant"))
+    assert render("chat", turns("assistant", "user", "assistant"), system="Greet.").prompt.startswith("<u>system: Greet.")
+
+
+def test_a_conversation_without_a_word_of_the_assistant_is_empty() -> None:
+    row = turns("user", "assistant", "user", "assistant")
+    row["messages"][1]["content"] = ""
+    assert [piece.text for piece in render("chat", row).pieces if piece.learn] == ["</s>\n", "assistant 3</s>"]
+    row["messages"][3]["content"] = " "
+    with pytest.raises(EmptyText) as caught:
+        render("chat", row)
+    assert caught.value.role == "assistant"
 
 
 def test_chat_of_two_columns_and_a_system_prompt() -> None:

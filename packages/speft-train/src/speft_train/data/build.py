@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,25 @@ from speft_core.errors import UserError
 from ..config import DataConfig, RunConfig
 from .collate import Collator, collator
 from .sources import READERS, NoSplitError, Rows, available_columns, file_kind, load_rows
-from .templates import TEMPLATES, Rendered, columns_of
+from .templates import TEMPLATES, EmptyText, Rendered, columns_of
 from .tokens import LengthReport, TokenDataset, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_MISTAKES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usable:
+    """The rows of a source that its template can use, each with its text, and how many were left out: role -> empty texts.
+
+    It depends on the rows alone: every rank has the same.
+    """
+
+    rows: Rows
+    examples: list[Rendered]
+    empty: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,7 @@ class DataBundle:
     test: TokenDataset | None = None  # for the loss on held-out answers
     train_rows: Rows = field(default_factory=list)
     test_rows: Rows = field(default_factory=list)  # for generation
+    validation_rows: Rows = field(default_factory=list)  # the same, where there are no test data
     reports: dict[str, LengthReport] = field(default_factory=dict)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Collator:
@@ -38,13 +52,13 @@ class DataBundle:
         return collator(tokenizer, model)
 
     def summary(self, cfg: DataConfig) -> list[str]:
-        """A line a split: how many examples and tokens, and what was dropped or cut."""
+        """A line a split: how many examples and tokens, and what was dropped, cut or left out."""
         return [report.sentence(name, cfg.max_length) for name, report in self.reports.items()]
 
 
 def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     """Load, render and tokenize all data of a run. Raises a UserError that names the source and the row of what is
-    wrong.
+    wrong. Prompts are learnt of training examples alone: what is measured is the loss of answers.
     """
     data = cfg.data
     if data.more_tests:
@@ -52,10 +66,14 @@ def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     rows = load_splits(data)
     sets: dict[str, TokenDataset] = {}
     reports: dict[str, LengthReport] = {}
+    kept: dict[str, Rows] = {}
     for name, split_rows in rows.items():
         source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[name]
-        examples = render(split_rows, tokenizer, data, source)
-        sets[name], reports[name] = tokenize(examples, tokenizer, data.max_length, data.overlong, data.prompt_loss, name)
+        usable = render(split_rows, tokenizer, data, source)
+        prompts = data.prompt_loss and name == "train"
+        sets[name], report = tokenize(usable.examples, tokenizer, data.max_length, data.overlong, prompts, name)
+        reports[name] = replace(report, rows=len(split_rows), empty=usable.empty)
+        kept[name] = usable.rows
     if reports["train"].used == 0:
         raise UserError(
             f"data.max_length must leave at least one training example;"
@@ -65,8 +83,9 @@ def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
         train=sets["train"],
         validation=_non_empty(sets.get("validation")),
         test=_non_empty(sets.get("test")),
-        train_rows=rows["train"],
-        test_rows=rows.get("test", []),
+        train_rows=kept["train"],
+        test_rows=kept.get("test", []),
+        validation_rows=kept.get("validation", []),
         reports=reports,
     )
 
@@ -121,22 +140,31 @@ def _taken(source: str, split: str, size: int | None, data: DataConfig) -> Rows:
     return rows[:size]
 
 
-def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig, source: str) -> list[Rendered]:
-    """Rows as text by the template; the first few rows that cannot be rendered are named together."""
+def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig, source: str) -> Usable:
+    """Rows as text by the template, those with an empty text left out. UserError that names the first few rows which cannot be
+    rendered (a field is missing or no text), and where no row is left.
+    """
     columns = columns_of(data.template, data.columns, available_columns(rows), source)
     make = TEMPLATES[data.template].render
+    kept: Rows = []
     rendered: list[Rendered] = []
+    empty: Counter[str] = Counter()
     mistakes: list[str] = []
     for number, row in enumerate(rows, start=1):
         try:
             rendered.append(make(_by_role(row, columns), tokenizer, data.system_prompt))
+            kept.append(row)
+        except EmptyText as error:
+            empty[error.role] += 1
         except UserError as error:
             mistakes.append(f"row {number}: {error}")
             if len(mistakes) == SHOWN_MISTAKES:
                 break
     if mistakes:
         raise UserError(f"{source} has rows that template {data.template} cannot use: {'; '.join(mistakes)}")
-    return rendered
+    if empty and not rendered:
+        raise UserError(f"{source} has no row that can be used: {' or '.join(empty)} is empty in all of them ({len(rows)})")
+    return Usable(rows=kept, examples=rendered, empty=dict(empty))
 
 
 def _by_role(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

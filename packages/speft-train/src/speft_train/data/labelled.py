@@ -16,6 +16,7 @@ from speft_core.errors import UserError, nearest
 
 from ..config import DataConfig
 from .labels import LabelSpace
+from .templates import templated
 from .tokens import LengthReport
 
 if TYPE_CHECKING:
@@ -124,8 +125,11 @@ def encode_rows(
             empty.append(place)
         texts.append((first, second))
     encoded, labels, dropped, truncated = [], [], 0, 0
-    for row, (first, second) in zip(rows, texts, strict=True):
-        example = encode(first, second)
+    for place, (row, (first, second)) in enumerate(zip(rows, texts, strict=True), start=1):
+        try:
+            example = encode(first, second)
+        except UserError as error:
+            raise UserError(f"{source} row {place}: {error}") from None
         if example.pop("overlong", None):
             if overlong == "drop":
                 dropped += 1
@@ -190,10 +194,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Encode:
         if not chat:
             return filled
         turns = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
-        text: Any = tokenizer.apply_chat_template(
-            [*turns, {"role": "user", "content": filled}], tokenize=False, add_generation_prompt=True
-        )
-        return str(text)
+        return templated(tokenizer, [*turns, {"role": "user", "content": filled}], add_generation_prompt=True)
 
     def shortened(text: str, spare: int) -> str:
         tokens: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -15,6 +15,14 @@ from speft_core.errors import UserError, nearest
 Row = Mapping[str, Any]
 
 
+class EmptyText(UserError):
+    """A text of a row is there and holds nothing. Published data sets have a few such rows: they are left out and counted."""
+
+    def __init__(self, role: str, value: str) -> None:
+        super().__init__(f"{role} must be text that is not empty; got {value!r}"[:200])
+        self.role = role
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of text of an example."""
@@ -97,7 +105,8 @@ def _question_answer(row: Row, tokenizer: ChatTokenizer, system: str | None) -> 
 
 def _alpaca(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
     """The prompt of Stanford Alpaca, word for word."""
-    instruction, extra = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
+    instruction, given = _text(row, "instruction"), row.get("input") or ""
+    extra = "" if isinstance(given, str) and not given.strip() else _text(row, "input")
     if extra:
         prompt = (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -125,8 +134,13 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        if place == 0:
+            raise UserError(
+                "messages must not start with a turn of the assistant, which answers nothing; leave the row out, or set"
+                " data.system_prompt where the chat template takes one"
+            )
+        before = templated(tokenizer, messages[:place], add_generation_prompt=True)
+        after = templated(tokenizer, messages[: place + 1])
         if not (before.startswith(done) and after.startswith(before)):
             raise UserError(
                 "template chat needs a chat template in which later turns leave earlier ones as they are;"
@@ -138,6 +152,19 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
     if tokenizer.eos_token and last.text.rstrip().endswith(tokenizer.eos_token):
         pieces[-1] = Piece(last.text.rstrip(), True)  # nothing is generated after the end of the turn
     return Rendered(tuple(pieces), special=False)
+
+
+def templated(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+    """Messages as the text of the tokenizer's chat template. UserError with its words where it refuses them.
+
+    A template is a program that comes with the model, so what goes wrong in it can be any exception.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:
+        roles = ", ".join(m["role"] for m in messages[:6]) + (", ..." if len(messages) > 6 else "")
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the tokenizer's chat template refuses turns of {roles}: {said}") from None
 
 
 def _multiple_choice(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
@@ -179,20 +206,25 @@ def _messages(row: Row, system: str | None) -> list[dict[str, str]]:
         if isinstance(messages, str) or not right:
             raise UserError("messages must be a list of mappings with the texts role and content")
         messages = [dict(role=m["role"], content=m["content"]) for m in messages]
-        if not any(m["role"] == "assistant" for m in messages):
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if not answers:
             raise UserError("messages must hold a turn of the assistant; they hold none")
+        if not any(map(str.strip, answers)):
+            raise EmptyText("assistant", answers[-1])
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return messages
 
 
 def _text(row: Row, role: str) -> str:
-    """The text of a role; numbers are written out."""
+    """The text of a role; numbers are written out. EmptyText for one that is blank, UserError for none and for other types."""
     value = row.get(role)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         raise UserError(f"{role} must be text that is not empty; got {value!r}"[:200])
+    if not value.strip():
+        raise EmptyText(role, value)
     return value.strip()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ class LengthReport:
     tokens: int
     learnt_tokens: int
     longest: int
+    empty: Mapping[str, int] = field(default_factory=dict)  #: role -> rows left out because its text is empty
 
     def sentence(self, name: str, max_length: int) -> str:
         """One line for the terminal and the report."""
@@ -39,7 +40,7 @@ class LengthReport:
             text += f"; {self.dropped} dropped, longer than {max_length} tokens"
         if self.truncated:
             text += f"; {self.truncated} cut to {max_length} tokens"
-        return text
+        return text + "".join(f"; {count} left out, {role} empty" for role, count in self.empty.items())
 
 
 class TokenDataset(Dataset[dict[str, list[int]]]):

@@ -10,6 +10,7 @@ from speft_core.errors import UserError
 
 from ..config import RunConfig
 from ..data.build import render
+from ..data.templates import Rendered
 from ..data.tokens import prompt_ids
 from .generate import generate_greedy
 from .numbers import last_number, reference_number, strict_number
@@ -35,14 +36,8 @@ def generate_exact_match(
     kept = [dict(row) for row in rows[: cfg.evaluate.limit]]
     if not kept:
         raise UserError("evaluate needs at least one test row; there is none: set data.test, or evaluate.enabled=false")
-    examples = render(kept, tokenizer, cfg.data, cfg.data.test or cfg.data.train)
-    wanted = [reference_number(example.answer) for example in examples]
-    missing = next((place for place, number in enumerate(wanted) if number is None), None)
-    if missing is not None:
-        raise UserError(
-            f"exact match needs a number in every test answer; row {missing + 1} has none:"
-            " set evaluate.generation=false"
-        )
+    examples = render(kept, tokenizer, cfg.data, cfg.data.test or cfg.data.train).examples
+    wanted = references(examples)
     answers = generate_greedy(
         model,
         tokenizer,
@@ -70,3 +65,15 @@ def generate_exact_match(
             for place in shown
         ],
     }
+
+
+def references(examples: Sequence[Rendered]) -> list[str]:
+    """The number of each answer; UserError for one without."""
+    wanted = [reference_number(example.answer) for example in examples]
+    missing = next((place for place, number in enumerate(wanted) if number is None), None)
+    if missing is not None:
+        raise UserError(
+            f"exact match needs a number in every test answer; row {missing + 1} has none"
+            f" ({' '.join(examples[missing].answer.split())[:60]!r}): set evaluate.generation=false"
+        )
+    return [number for number in wanted if number is not None]
