@@ -17,7 +17,7 @@ from speft_hub import CardFields, Evaluation, parse, pull, push
 from speft_hub.card import fenced, plain, render
 from speft_hub.card_merge import _hash, merge_cards, take_apart
 from speft_hub.combining import write_card
-from speft_hub.evaluation import eval_results_yaml, model_index
+from speft_hub.evaluation import eval_results_yaml, model_index, read_results
 
 
 def card_of(address: str, tmp_path: Path, name: str = "seen") -> str:
@@ -40,6 +40,15 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         request.getfixturevalue("hub")
         return "alice/sst2"
     return f"file://{tmp_path}/registry/alice/sst2"
+
+
+def test_figures_of_validation_rows_are_named_so(tmp_path: Path) -> None:
+    """As of a run without test data: the split, and the data where they are another source than train."""
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"base": {"loss": 2.0}, "adapted": {"loss": 1.0, "split": "validation"}}))
+    for data, name in (("{train: tatsu-lab/alpaca}", "tatsu-lab/alpaca"), ("{train: a.jsonl, validation: /x/dev.jsonl}", "dev.jsonl")):
+        (tmp_path / "training_config.yaml").write_text(f"data: {data}\n")
+        assert read_results(path, tmp_path) == [Evaluation(dataset=name, metric="loss", value=1.0, base=2.0, split="validation")]
 
 
 def test_what_the_hub_shows(hub: LoopbackHub, adapter_dir: Path, tmp_path: Path) -> None:

@@ -75,6 +75,16 @@ def test_the_trainer_still_calls_what_is_overridden(name: str, pattern: str) -> 
     assert re.search(pattern, inspect.getsource(getattr(Trainer, name)), re.DOTALL), pattern
 
 
+def test_training_arguments_are_checked_before_they_start_anything() -> None:
+    """training_args.check stops there: nothing that reaches for a device or for DeepSpeed has run."""
+    from transformers import TrainingArguments
+
+    before, call, after = inspect.getsource(TrainingArguments.__post_init__).partition("self._validate_args()")
+    assert call and "self._validate_args()" not in after
+    for sign in ("self.device", "HfTrainerDeepSpeedConfig", "self.mixed_precision ="):
+        assert sign in after and sign not in before
+
+
 def test_deepspeed_saves_what_module_state_dict_gives() -> None:
     """Its absence from the checkpoint is what keeps frozen weights out of it."""
     runtime = pytest.importorskip("deepspeed.runtime.engine")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from speft_train import cli, sweep
+from speft_core.errors import UserError
+from speft_train import cli, refusals, sweep
 from speft_train.config import load_config
 from speft_train.sweep_config import load_sweep
 
@@ -89,6 +90,39 @@ def test_every_config_passes_a_dry_run(file: str, capsys: pytest.CaptureFixture[
     assert "nothing was loaded, trained or written" in shown and not (tmp_path / "run").exists()
     if file in SPEFT_K:
         assert f"k = {SPEFT_K[file]:,} trained by method sparse" in shown
+
+
+SPLITS = {  # of the data sets on the Hub that have more than training rows
+    "nyu-mll/glue": ("train", "validation", "test", "validation_matched", "validation_mismatched"),
+    "stanfordnlp/imdb": ("train", "test"),
+}
+EVERY = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml") if path.parent.name != "parts")
+
+
+@pytest.mark.parametrize("file", EVERY)
+def test_every_config_can_start_and_has_rows_to_measure(file: str) -> None:
+    """On one process: the batch divides, nothing is refused, and there are test data, or rows held out for validation. The test rows
+    of GLUE on the Hub have no labels.
+    """
+    made = load_sweep(CONFIGS / file, ["sweep.vars.root=data"])
+    for cfg in (load_config(CONFIGS / file, ["sweep.vars.root=data"]), *(cell.cfg for cell in made.all_cells())):
+        refusals.check_run(cfg)
+        held = cfg.data.test is not None or cfg.data.validation is not None or cfg.data.validation_from_train > 0
+        assert cfg.evaluate.enabled and (held or cfg.data.train.startswith("bundled:") or cfg.data.train in SPLITS)
+        if cfg.data.train == "nyu-mll/glue":
+            assert cfg.data.test_split.startswith("validation") and cfg.data.test_split in SPLITS[cfg.data.train]
+
+
+def test_the_launch_in_the_readme_divides_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in ("qwen2_7b_alpaca.yaml", *(f for f in EVERY if re.search(r"speft/(qwen2|gemma2|llama3)", f))):
+        for world, fits in ((8, True), (6, False)):
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            monkeypatch.setenv("RANK", "0")
+            if fits:
+                refusals.check_run(load_config(CONFIGS / file))
+            else:
+                with pytest.raises(UserError, match="multiple of the number of processes"):
+                    refusals.check_run(load_config(CONFIGS / file))
 
 
 def test_no_config_says_again_what_another_says() -> None:

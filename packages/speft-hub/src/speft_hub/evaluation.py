@@ -41,7 +41,7 @@ NOT_METRICS = frozenset({"count", "seconds", "examples", "samples"})
 
 
 def read_results(path: Path, folder: Path) -> list[Evaluation]:
-    """The figures in a run's `results.json` (`base` and `adapted`, metric -> number), named by the run's test data."""
+    """The figures in a run's `results.json` (`base` and `adapted`, metric -> number), named by the data that they are of."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -52,25 +52,26 @@ def read_results(path: Path, folder: Path) -> list[Evaluation]:
     if not isinstance(adapted, dict):
         return []
     base = base if isinstance(base, dict) else {}
-    dataset = str(record.get("dataset") or _test_data(folder))
+    split = str(adapted.get("split") or "test")
+    dataset = str(record.get("dataset") or _data(folder, split))
     found = []
     for metric, value in adapted.items():
         if metric in NOT_METRICS or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         before = base.get(metric)
         before = before if isinstance(before, (int, float)) and not isinstance(before, bool) else None
-        found.append(Evaluation(dataset=dataset, metric=str(metric), value=value, base=before))
+        found.append(Evaluation(dataset=dataset, metric=str(metric), value=value, base=before, split=split))
     return found
 
 
-def _test_data(folder: Path) -> str:
-    """What the run was tested on, from its configuration; a path of this machine is cut to its last part."""
+def _data(folder: Path, split: str) -> str:
+    """What the run was measured on, from its configuration; a path of this machine is cut to its last part."""
     path = folder / "training_config.yaml"
     if not path.is_file():
         return "unnamed"
     try:
         data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
-        name = str(data.get("test") or data.get("train") or "unnamed")
+        name = str(data.get(split) or data.get("train") or "unnamed")
     except (yaml.YAMLError, AttributeError, RecursionError):
         return "unnamed"
     return name if HUB_ID.fullmatch(name) or name.startswith("bundled:") else Path(name).name

@@ -21,6 +21,7 @@ from .data.labels import LabelSpace, check_labels, label_space
 from .data.sources import available_columns
 from .data.tokens import LengthReport
 from .evaluate import metrics
+from .train_args import check_best
 
 if TYPE_CHECKING:
     from .config import DataConfig
@@ -55,8 +56,8 @@ class LabelledBundle:
         return LabelledCollator(tokenizer.pad_token_id, left=tokenizer.padding_side == "left")
 
 
-def load(run: Run) -> None:
-    """Data first: they say how many outputs the head has. Then the model."""
+def load_data(run: Run) -> LabelSpace:
+    """The data come first: they say how many outputs the head has."""
     cfg = run.cfg
     run.tokenizer = models.load_tokenizer(cfg)
     rows = data.load_splits(cfg.data)
@@ -67,6 +68,9 @@ def load(run: Run) -> None:
     rows |= more
     columns = find_columns(cfg.data, available_columns(rows["train"]), cfg.data.train)
     space, said = label_space(rows["train"], columns.label, cfg.data, cfg.data.train, cfg.model.num_labels)
+    unknown = check_best(cfg.train, cfg.model.task, "numbers" if space.is_regression else "classes")
+    if unknown:
+        raise UserError("; ".join(unknown))
     encode, sets, reports = encoder(run.tokenizer, cfg.data), {}, {}
     for name, split in rows.items():
         source = {"validation": cfg.data.validation, "test": cfg.data.test, **cfg.data.more_tests}.get(name) or cfg.data.train
@@ -88,6 +92,12 @@ def load(run: Run) -> None:
     )  # fmt: skip
     for line in said:
         run.note(f"  {line}")
+    return space
+
+
+def load_model(run: Run, space: LabelSpace) -> None:
+    """The model, with a head for these labels and room for the data that were loaded."""
+    cfg, reports = run.cfg, run.data.reports
     run.model, _ = models.load_model(cfg, space, run.tokenizer, run.ranks.world)
     longest = max(report.longest for report in reports.values())
     room = getattr(run.model.config, "max_position_embeddings", None)
@@ -127,8 +137,7 @@ def evaluate(run: Run, model: Any) -> Result:
     """
     bundle: LabelledBundle = run.data
     main = bundle.test if bundle.test is not None else bundle.validation
-    if main is None:
-        raise UserError("evaluate has nothing to measure: set data.test or data.validation, or evaluate.enabled=false")
+    assert main is not None, "measure.check_data has looked"
     figures = _figures(run, model, main)
     if bundle.test is not None and bundle.validation is not None:
         figures["validation"] = _figures(run, model, bundle.validation)

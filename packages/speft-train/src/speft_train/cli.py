@@ -207,7 +207,7 @@ def execute(config: Path, overrides: list[str], dry_run: bool) -> None:
 
     console = Console(stderr=False)
     cfg = load_config(config, overrides)
-    refusals.check(cfg)
+    refusals.check_run(cfg)
     folder = RunFolder(cfg.output_dir)
     folder.check(cfg)
     if cfg.adapter.mask and not Path(cfg.adapter.mask).is_file() and not (folder.path / "mask.safetensors").is_file():

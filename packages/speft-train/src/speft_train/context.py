@@ -31,6 +31,7 @@ class Run:
     data: Any = None  #: data.DataBundle
     mask: Any = None  #: SparsityMask
     attached: Attached | None = None
+    todo: list[str] = field(default_factory=list)  #: names of the stages that have to run
     notes: list[str] = field(default_factory=list)  #: lines for the report
 
     @property

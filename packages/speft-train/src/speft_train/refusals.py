@@ -12,7 +12,7 @@ from typing import Any
 from speft_core.errors import UserError
 
 from . import engine
-from .config import RunConfig
+from .config import RunConfig, batch_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,19 @@ RULES: tuple[Rule, ...] = (
         "train.optim_target_modules picks whole weights, of which method sparse trains none; remove it",
     ),
 )
+
+
+def check_run(cfg: RunConfig) -> None:
+    """`check`, and what stands against training and measuring, as far as the config and the launched processes tell: before
+    anything is loaded or written.
+    """
+    from . import measure  # brings torch: not before the config has been read
+
+    check(cfg)
+    batch_plan(cfg, engine.launched_ranks()[1])
+    if cfg.train.get("eval_strategy", "no") != "no" and cfg.data.validation is None and not cfg.data.validation_from_train:
+        raise UserError("train.eval_strategy needs data.validation or data.validation_from_train; neither is set")
+    measure.check_config(cfg)
 
 
 def check(cfg: RunConfig, dtype: str | None = None) -> None:

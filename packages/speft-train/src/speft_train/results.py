@@ -73,7 +73,7 @@ def figure_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("matthews", "Matthews correlation"),
         ("pearson", "Pearson correlation"),
         ("spearman", "Spearman correlation"),
-        ("count", "test examples"),
+        ("count", f"{adapted.get('split', 'test')} examples"),
     ):
         for part in (None, *(n for n, found in adapted.items() if isinstance(found, dict))):
             was, now = (base, adapted) if part is None else (base.get(part) or {}, adapted[part])

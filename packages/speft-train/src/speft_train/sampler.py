@@ -26,8 +26,7 @@ class GlobalBatches(torch.utils.data.Sampler[int]):
     """
 
     def __init__(self, size: int, batch: int, seed: int, lengths: Sequence[int] | None = None, shuffle: bool = True) -> None:
-        if size < batch:
-            raise UserError(f"the training data must fill one global batch of {batch}; got {size} examples")
+        require_batch(size, batch)
         self.size, self.batch, self.seed, self.lengths, self.shuffle = size, batch, seed, lengths, shuffle
         self.epoch = 0
 
@@ -62,6 +61,12 @@ class GlobalBatches(torch.utils.data.Sampler[int]):
         each = len(self) // self.batch
         start = (step - 1) % each * self.batch
         return self.order((step - 1) // each)[start : start + self.batch]
+
+
+def require_batch(size: int, batch: int) -> None:
+    """UserError for data that do not make a single step."""
+    if size < batch:
+        raise UserError(f"the training data must fill one global batch of {batch}; got {size} examples")
 
 
 def steps_in_all(size: int, batch: int, max_steps: int, epochs: float) -> int:

@@ -96,7 +96,7 @@ def pending(run: Run, only: str | None = None) -> list[str]:
 
 def run_stages(run: Run, only: str | None = None) -> None:
     """Run what is pending, in order, and say what is reused; `only` one stage and what serves it."""
-    todo = pending(run, only)
+    run.todo = todo = pending(run, only)
     for stage in STAGES:
         if not stage.wanted(run.cfg) or (only is not None and stage.name not in (only, *todo)):
             continue

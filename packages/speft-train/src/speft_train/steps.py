@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
-from speft_core.errors import UserError
 from speft_core.files import atomic_folder, atomic_write
 
-from . import checkpoints, refusals, shards, training_args
+from . import checkpoints, measure, refusals, shards, training_args
 from .config import to_yaml
 from .context import Run
 
 Result = dict[str, Any]
 ADAPTER, MASK = "adapter", "mask.safetensors"
-SHOWN = ("exact_match", "exact_match_last_number", "accuracy", "accuracy_per_character", "loss")
 
 
 def load(run: Run) -> Result:
-    """Model, tokenizer, data; on the accelerator if there is one."""
+    """Tokenizer and data, then the model, on the accelerator if there is one: it takes longest, and tells least of what is wrong."""
     import torch
     from transformers.utils import logging
 
@@ -31,10 +28,18 @@ def load(run: Run) -> Result:
     classifies = run.cfg.model.task == "sequence_classification"
     if run.cfg.model.name.startswith("bundled:"):
         run.ranks.on_main(lambda: str(models.locate(run.cfg.model)))  # rank 0 converts it, the others find it made
+    if "train" in run.todo:
+        training_args.check(run.cfg, run.ranks.world)
     if classifies:
-        classification.load(run)
+        space = classification.load_data(run)
+        _check_data(run)
+        classification.load_model(run, space)
     else:
-        run.model, run.tokenizer = models.load_model(run.cfg, world=run.ranks.world)
+        models.load_model_config(run.cfg)  # what is no decoder is told before the data are read
+        run.tokenizer = models.load_tokenizer(run.cfg)
+        run.data = data.build(run.cfg, run.tokenizer)
+        _check_data(run)
+        run.model, _ = models.load_model(run.cfg, tokenizer=run.tokenizer, world=run.ranks.world)
     dtype = str(run.model.dtype).removeprefix("torch.")
     refusals.check(run.cfg, dtype)
     if torch.cuda.is_available() and not run.cfg.train.get("use_cpu"):
@@ -42,8 +47,6 @@ def load(run: Run) -> Result:
     idle = training_args.idle_gpus(run.cfg, run.ranks.world)
     if idle is not None:
         run.say(f"  {idle}")
-    if not classifies:
-        run.data = data.build(run.cfg, run.tokenizer)
     for line in run.data.summary(run.cfg.data):
         run.say(f"  {line}")
     total = shards.total(run.model)
@@ -51,9 +54,17 @@ def load(run: Run) -> Result:
     return {"total_parameters": total}
 
 
+def _check_data(run: Run) -> None:
+    """What the data tell of the stages to come, while the model is not loaded and nothing is recorded."""
+    if "train" in run.todo:
+        training_args.check_data(run.cfg, run.ranks.world, run.data)
+    if {"base", "evaluate"} & set(run.todo):
+        measure.check_data(run)
+
+
 def evaluate_base(run: Run) -> Result:
     """The model before anything is attached."""
-    return {"figures": _evaluate(run, run.model)}
+    return {"figures": measure.figures(run, run.model)}
 
 
 def find_mask(run: Run) -> Result:
@@ -131,7 +142,7 @@ def evaluate_adapted(run: Run) -> Result:
 
     applied = METHODS[run.cfg.adapter.method].applied
     with applied(run.model, run.cfg, run.folder.path / ADAPTER, run.ranks.world) as model:
-        return {"figures": _evaluate(run, model)}
+        return {"figures": measure.figures(run, model)}
 
 
 def report(run: Run) -> Result:
@@ -156,60 +167,3 @@ def _ready_mask(run: Run) -> Any:
     mask = sc.SparsityMask.load(Path(run.cfg.adapter.mask))
     mask.check_model(run.model)
     return mask
-
-
-def _evaluate(run: Run, model: Any) -> Result:
-    """Figures on the test data. Each rank takes a share of the rows."""
-    from . import classification, data, evaluate, label_rows
-
-    if run.cfg.model.task == "sequence_classification":
-        return classification.evaluate(run, model)
-    settings, ranks = run.cfg.evaluate, run.ranks
-    figures: Result = {}
-    if run.cfg.data.template == "multiple_choice" and run.data.test_rows:
-        rows = ranks.share(list(run.data.test_rows[: settings.limit]))
-        with shards.evaluating(model, ranks):
-            found = evaluate.choose(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress) if rows else {}
-        figures |= _mean(ranks.gather(found), "count")
-    elif settings.generation and run.data.test_rows:
-        rows = ranks.share(list(run.data.test_rows[: settings.limit]))
-        found = {}
-        with shards.evaluating(model, ranks):
-            if rows:
-                found = evaluate.generate_exact_match(model, run.tokenizer, rows, run.cfg, progress=run.shows_progress)
-        figures |= _mean(ranks.gather(found), "count")
-    if settings.loss and run.data.test is not None:
-        count = len(run.data.test) if settings.limit is None else min(settings.limit, len(run.data.test))
-        part = [run.data.test[i] for i in ranks.share(list(range(count)))]
-        found = {}
-        with shards.evaluating(model, ranks):
-            if part:
-                ids, labels = [e["input_ids"] for e in part], [e["labels"] for e in part]
-                mine = data.TokenDataset(ids, [[label != label_rows.IGNORED for label in row] for row in labels])
-                collate = data.collator(run.tokenizer, model)
-                found = evaluate.held_out_loss(model, mine, collate, settings.batch_size, progress=run.shows_progress)
-        figures |= _mean(ranks.gather(found), "tokens")
-        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
-    if not figures:
-        raise UserError(
-            "evaluate has nothing to measure: set data.test and one of evaluate.generation and evaluate.loss,"
-            " or evaluate.enabled=false"
-        )
-    run.say("  " + ", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
-    return figures
-
-
-def _mean(parts: list[Result], weight: str) -> Result:
-    """The ranks' figures as one: means weighted by what each has counted, their sum, the first rank's examples."""
-    parts = [part for part in parts if part.get(weight)]
-    total = sum(part[weight] for part in parts)
-    made: Result = {weight: total}
-    for name in parts[0]:
-        values = [part[name] for part in parts]
-        if name == "seconds":
-            made[name] = max(values)
-        elif isinstance(values[0], float):
-            made[name] = sum(v * part[weight] for v, part in zip(values, parts, strict=True)) / total
-        elif name != weight:
-            made[name] = values[0]
-    return made

@@ -5,6 +5,8 @@ rest.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from speft_core.errors import UserError
 from . import engine
 from .config import RunConfig, batch_plan
 from .ranks import Ranks
+from .sampler import require_batch
 
 # Where a run differs from TrainingArguments: checkpoints are small, and a long log interval hides a diverging loss.
 DEFAULTS: dict[str, Any] = {
@@ -31,10 +34,48 @@ OWN_KEYS = ("global_batch_size", "early_stopping_patience", "report_to", "disabl
 
 def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
     """TrainingArguments of this run. UserError where transformers refuses a value."""
-    import torch
     from transformers import TrainingArguments
 
-    per_device, accumulation = batch_plan(cfg, ranks.world)
+    with _one_line_errors():
+        made = TrainingArguments(**_fields(cfg, ranks.world, folder))
+    if made.n_gpu > 1:  # or the Trainer would copy the model to all GPUs (DataParallel), and cut up or enlarge each batch
+        made._n_gpu = 1
+    return made
+
+
+def check(cfg: RunConfig, world: int) -> None:
+    """UserError for what TrainingArguments refuses. Making them would start devices and DeepSpeed: this stops before."""
+    from transformers import TrainingArguments
+
+    class Passed(Exception):
+        pass
+
+    class Checked(TrainingArguments):
+        def _validate_args(self) -> None:
+            super()._validate_args()
+            raise Passed
+
+    try:
+        with _one_line_errors():
+            Checked(**_fields(cfg, world, Path(cfg.output_dir)))
+    except Passed:
+        pass
+
+
+def check_data(cfg: RunConfig, world: int, bundle: Any) -> None:
+    """UserError for data that fill no batch, or leave nothing to validate on where that is asked for."""
+    require_batch(len(bundle.train), global_batch(cfg, world))
+    if cfg.train.get("eval_strategy", "no") != "no" and bundle.validation is None:
+        raise UserError(
+            f"train.eval_strategy needs validation examples; every validation example is longer than data.max_length"
+            f" ({cfg.data.max_length})"
+        )
+
+
+def _fields(cfg: RunConfig, world: int, folder: Path) -> dict[str, Any]:
+    import torch
+
+    per_device, accumulation = batch_plan(cfg, world)
     fields = {**DEFAULTS, **{k: v for k, v in cfg.train.items() if k not in OWN_KEYS}}
     fields.update(
         output_dir=str(folder),
@@ -55,16 +96,18 @@ def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
         fields["activation_checkpointing_kwargs"] = {"use_reentrant": False, **kwargs}
     if engine.is_enabled(cfg.deepspeed):
         fields["deepspeed"] = engine.settings(cfg.deepspeed)
+    return fields
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            made = TrainingArguments(**fields)
+            yield
     except (ValueError, TypeError, ImportError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"train: transformers refuses these settings: {text}") from error
-    if made.n_gpu > 1:  # or the Trainer would copy the model to all GPUs (DataParallel), and cut up or enlarge each batch
-        made._n_gpu = 1
-    return made
 
 
 def idle_gpus(cfg: RunConfig, world: int) -> str | None:

@@ -1,0 +1,141 @@
+"""What a run measures and on which rows: the test data, or the validation data where there are none.
+
+That there is nothing to measure is told from the config alone where it can be, else when the data are read: the model may take
+long to load.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from speft_core.errors import UserError
+
+from . import shards
+from .config import RunConfig
+from .context import Run
+
+Result = dict[str, Any]
+SHOWN = ("exact_match", "exact_match_last_number", "accuracy", "accuracy_per_character", "loss")
+NOTHING, OFF = "evaluate has nothing to measure", ", or evaluate.enabled=false"
+
+
+def check_config(cfg: RunConfig) -> None:
+    """UserError where no data could give a figure."""
+    from .data.sources import READERS
+
+    settings, data = cfg.evaluate, cfg.data
+    if not settings.enabled:
+        return
+    by_template = data.template == "multiple_choice" or cfg.model.task == "sequence_classification"
+    if not (by_template or settings.generation or settings.loss):
+        raise UserError(f"{NOTHING}: set one of evaluate.generation and evaluate.loss{OFF}")
+    held_out = data.test is not None or data.validation is not None or data.validation_from_train > 0
+    if not held_out and Path(data.train).suffix.lower() in READERS:
+        raise UserError(
+            f"{NOTHING}: the file {data.train} is training data alone; set data.test, data.validation or"
+            f" data.validation_from_train{OFF}"
+        )
+
+
+def check_data(run: Run) -> None:
+    """UserError where the data that were read give no figure."""
+    cfg, bundle = run.cfg, run.data
+    if cfg.model.task == "sequence_classification":
+        if bundle.test is None and bundle.validation is None:
+            raise UserError(_no_rows(cfg))
+        return
+    from . import data, evaluate
+
+    rows, examples, split = _measured(run)
+    if not rows:
+        raise UserError(_no_rows(cfg))
+    if cfg.data.template == "multiple_choice":
+        return
+    if cfg.evaluate.generation:
+        source = cfg.data.test or cfg.data.train
+        evaluate.references(data.render(rows[: cfg.evaluate.limit], run.tokenizer, cfg.data, source).examples)
+    elif examples is None:
+        raise UserError(f"{NOTHING}: every {split} example is longer than data.max_length ({cfg.data.max_length}); raise it{OFF}")
+
+
+def figures(run: Run, model: Any) -> Result:
+    """All figures of a model as it stands. Each rank takes a share of the rows; `split` is there where it is not test."""
+    from . import classification
+
+    if run.cfg.model.task == "sequence_classification":
+        return classification.evaluate(run, model)
+    rows, examples, split = _measured(run)
+    found = _answers(run, model, rows)
+    if run.cfg.evaluate.loss and examples is not None:
+        found = {**_loss(run, model, examples), **found}
+    if split != "test":
+        found["split"] = split
+    run.say("  " + ", ".join(f"{name} {found[name]:.4f}" for name in SHOWN if name in found))
+    return found
+
+
+def _measured(run: Run) -> tuple[list[dict[str, Any]], Any, str]:
+    """(rows, the tokenized ones that are not too long or None, name of the split)."""
+    bundle = run.data
+    if bundle.test_rows:
+        return bundle.test_rows, bundle.test, "test"
+    return bundle.validation_rows, bundle.validation, "validation"
+
+
+def _no_rows(cfg: RunConfig) -> str:
+    return (
+        f"{NOTHING}: {cfg.data.train} has no split {cfg.data.test_split!r}; set data.test, data.test_split, data.validation or"
+        f" data.validation_from_train{OFF}"
+    )
+
+
+def _answers(run: Run, model: Any, rows: list[dict[str, Any]]) -> Result:
+    """Likelihoods of choices, or exact match of what is generated."""
+    from . import evaluate
+
+    settings, ranks = run.cfg.evaluate, run.ranks
+    if run.cfg.data.template == "multiple_choice":
+        measure: Any = evaluate.choose
+    elif settings.generation:
+        measure = evaluate.generate_exact_match
+    else:
+        return {}
+    mine = ranks.share(list(rows[: settings.limit]))
+    with shards.evaluating(model, ranks):
+        found = measure(model, run.tokenizer, mine, run.cfg, progress=run.shows_progress) if mine else {}
+    return mean(ranks.gather(found), "count")
+
+
+def _loss(run: Run, model: Any, examples: Any) -> Result:
+    from . import data, evaluate, label_rows
+
+    settings, ranks = run.cfg.evaluate, run.ranks
+    count = len(examples) if settings.limit is None else min(settings.limit, len(examples))
+    part = [examples[i] for i in ranks.share(list(range(count)))]
+    found: Result = {}
+    with shards.evaluating(model, ranks):
+        if part:
+            ids, labels = [e["input_ids"] for e in part], [e["labels"] for e in part]
+            mine = data.TokenDataset(ids, [[label != label_rows.IGNORED for label in row] for row in labels])
+            collate = data.collator(run.tokenizer, model)
+            found = evaluate.held_out_loss(model, mine, collate, settings.batch_size, progress=run.shows_progress)
+    made = mean(ranks.gather(found), "tokens")
+    return {**made, "perplexity": math.exp(min(made["loss"], 700.0)), "count": count}
+
+
+def mean(parts: list[Result], weight: str) -> Result:
+    """The ranks' figures as one: means weighted by what each has counted, their sum, the first rank's examples."""
+    parts = [part for part in parts if part.get(weight)]
+    total = sum(part[weight] for part in parts)
+    made: Result = {weight: total}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name == "seconds":
+            made[name] = max(values)
+        elif isinstance(values[0], float):
+            made[name] = sum(v * part[weight] for v, part in zip(values, parts, strict=True)) / total
+        elif name != weight:
+            made[name] = values[0]
+    return made
