@@ -1,7 +1,8 @@
-"""A loss that is not finite names the step and its examples; out of memory names a micro-batch."""
+"""A loss that is not finite names the step and its examples; out of memory names the stage and what to lower."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,66 @@ def test_out_of_memory_where_there_is_no_plan(
     config = make_config(tmp_path / "c.yaml", model, tmp_path / "run", adapter=adapter, evaluate={"enabled": False})
     assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
     assert "set a smaller train.per_device_train_batch_size" in one_line(capsys)
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "words"),
+    [
+        ("base", {}, "lower evaluate.batch_size (now 4), evaluate.max_new_tokens (now 2)"),
+        ("base", {"evaluate": {"generation": False, "batch_size": 1}}, "lower data.max_length (now 256)"),
+        ("evaluate", {"evaluate": {"base": False}}, "lower evaluate.batch_size (now 4)"),
+        ("mask", {}, "lower adapter.calibration_batch_size (now 16), adapter.memory_limit (now half of what is free)"),
+        ("mask", {"adapter": {"memory_limit": "2GiB"}}, "adapter.memory_limit (now 2GiB), data.max_length (now 256)"),
+        ("load", {}, "model.dtype=bfloat16"),
+    ],
+)
+def test_out_of_memory_in_a_stage_names_it_and_what_to_lower(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    stage: str, settings: dict[str, Any], words: str,
+) -> None:  # fmt: skip
+    """The allocation that fails is one of the model's own, in its forward or, of load, in its construction."""
+    from transformers import LlamaForCausalLM
+
+    from speft_train import stages
+
+    now = [""]
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if now[0] == stage:
+            raise CUDA
+        return whole(self, *args, **kwargs)
+
+    def noting(row: stages.Stage) -> Any:
+        def work(run: Any) -> Any:
+            now[0] = row.name
+            return row.work(run)
+
+        return work
+
+    name = "__init__" if stage == "load" else "forward"
+    whole = getattr(LlamaForCausalLM, name)
+    fails.__signature__ = inspect.signature(whole)  # type: ignore[attr-defined]
+    monkeypatch.setattr(LlamaForCausalLM, name, fails)
+    monkeypatch.setattr(stages, "STAGES", tuple(stages.Stage(**{**vars(s), "work": noting(s)}) for s in stages.STAGES))
+    config = make_config(tmp_path / "c.yaml", model, tmp_path / "run", **settings)
+    assert cli.guarded(lambda: cli.execute(config, [], dry_run=False)) == 2
+    told = one_line(capsys)
+    assert f"stage {stage} ran out of memory" in told and words in told
+    assert (tmp_path / "run/adapter").exists() == (stage == "evaluate"), "what earlier stages made is kept"
+    monkeypatch.undo()
+    cli.execute(config, [], dry_run=False)  # the same command goes on
+
+
+def test_a_bug_in_a_stage_keeps_its_traceback(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from speft_train import scoring
+
+    def wrong(*args: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(scoring, "score", wrong)
+    config = make_config(tmp_path / "c.yaml", model, tmp_path / "run", evaluate={"enabled": False})
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli.guarded(lambda: cli.execute(config, [], dry_run=False))

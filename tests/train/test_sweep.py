@@ -163,6 +163,47 @@ def test_one_failing_run_does_not_stop_the_others(config: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "stage mask ran out of memory; lower adapter.calib"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_cell_that_breaks_is_told_at_the_end_too(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, told: str
+) -> None:
+    """Out of memory, and what is a bug, in the cells of one process as in those of several; a bug's traceback is shown."""
+    from speft_train import scoring
+
+    def fails(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(scoring, "score", fails)
+    with pytest.raises(UserError, match="2 of 4 runs failed; the first, sparse on A, seed 0: ") as caught:
+        go(config, "sweep.seeds=1")
+    assert told in str(caught.value)
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, ZeroDivisionError)
+    lines = list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))
+    assert {line["row"] for line in lines} == {"head"} and len(lines) == 2
+
+
+def test_a_signal_ends_a_sweep_at_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from speft_train.signals import Stopped
+
+    calls: list[Any] = []
+
+    def stopped(cell: Cell) -> None:
+        calls.append(cell)
+        raise Stopped(15, "interrupted")
+
+    monkeypatch.setattr(sweep, "_here", stopped)
+    with pytest.raises(Stopped):
+        go(config)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"row": {}}, "sweep.row: unknown key. Did you mean 'rows'"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import steps
+from . import shortage, steps
 from .config import RunConfig, section_hash
 from .context import Run
 from .folder import digest, identity
@@ -106,6 +106,7 @@ def run_stages(run: Run, only: str | None = None) -> None:
             continue
         run.say(f"[bold]{stage.name}[/bold]: {stage.about}")
         started = time.perf_counter()
-        result = stage.work(run)
+        with shortage.told(run.cfg, stage.name):
+            result = stage.work(run)
         result.setdefault("seconds", round(time.perf_counter() - started, 3))
         run.ranks.on_main(partial(run.folder.finish, stage.name, stage.depends(run.cfg), result))

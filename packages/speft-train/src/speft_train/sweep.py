@@ -4,11 +4,13 @@ and write the table.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -136,9 +138,14 @@ def _one(cell: Cell, place: int, count: int, console: Console, settings: Setting
         else:
             device = settings.devices[place % len(settings.devices)] if settings.devices else None
             _elsewhere(cell, device)
-    except UserError as error:
-        settings.failed[cell.name] = str(error)
-        console.print(f"[{place + 1}/{count}] {cell.name}: failed: {error}", highlight=False, markup=False)
+    except Exception as error:  # a bug, or a full disk, in one cell takes no other with it
+        expected = isinstance(error, (UserError, OSError))
+        if not expected:
+            traceback.print_exc()
+        settings.failed[cell.name] = reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        console.print(f"[{place + 1}/{count}] {cell.name}: failed: {reason}", highlight=False, markup=False)
+    if cell.name in settings.failed:
+        gc.collect()  # what it held in cycles, a whole model perhaps, is free before the next one starts
         return
     found = figures(cell) or {}
     shown = found.get("adapted") or {}
@@ -150,7 +157,7 @@ def _one(cell: Cell, place: int, count: int, console: Console, settings: Setting
 def _here(cell: Cell) -> None:
     from . import cli, refusals
 
-    refusals.check(cell.cfg)
+    refusals.check_run(cell.cfg)
     folder = RunFolder(cell.cfg.output_dir)
     folder.check(cell.cfg)
     cli.run_checked(cell.cfg, folder, Console(file=io.StringIO()))
