@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -263,36 +262,6 @@ def test_data_that_cannot_be_used_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         run(tree(folders["bert"], data, tmp_path / "run", data=sections), tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_chat_template_that_refuses_names_file_and_row(folders: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = pico_tokenizers.byte_level()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{{ m['content'] }}{% endfor %}"
-    )
-    folder = tmp_path / "llama"
-    shutil.copytree(folders["llama"], folder)
-    tokenizer.save_pretrained(folder)
-    data = {"template": "chat", "instruction": "Is {text} good?"}
-    rows = [{"text": f"a{n}", "label": n % 2} for n in range(12)]
-    made = tree(folder, write(tmp_path / "rows.jsonl", rows), tmp_path / "run", data=data)
-    with pytest.raises(UserError, match=r"rows.jsonl row 1: .*chat template refuses turns of system, user: System role not supp"):
-        run({**made, "data": {**made["data"], "system_prompt": "Be brief."}}, tmp_path)
-    run(made, tmp_path)
-
-
-@pytest.mark.parametrize(("labels", "metric"), [((0, 1), "pearson"), ((0.5, 1.5), "eval_accuracy")])
-def test_the_best_is_not_chosen_by_a_figure_that_these_labels_do_not_have(
-    folders: dict[str, Path], tmp_path: Path, labels: tuple[float, float], metric: str
-) -> None:
-    """The config cannot tell whether labels are classes or numbers; the data do."""
-    data = write(tmp_path / "rows.jsonl", [{"text": f"a{n}", "label": labels[n % 2]} for n in range(20)])
-    train = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": metric}
-    made = tree(folders["bert"], data, tmp_path / "run", train=train, data={"validation_from_train": 4})
-    with pytest.raises(UserError, match=f"train.metric_for_best_model: must be one of loss, .*got '{metric}'"):
-        run(made, tmp_path)
-    assert not (tmp_path / "run/stages.json").exists()
 
 
 def test_a_test_set_with_an_unseen_label_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

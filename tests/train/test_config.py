@@ -162,10 +162,6 @@ def test_all_mistakes_are_told_at_once_with_their_paths(tmp_path: Path) -> None:
         ("train.warmup_ratio=0.1", "train.warmup_ratio: is named warmup_steps"),
         ("train.max_steps=0", "train.max_steps: must be at least 1, or -1 for num_train_epochs; got 0"),
         ("train.bf16=1", "train.bf16: must be true or false; got 1"),
-        ("train.dataloader_drop_last=false", "train.dataloader_drop_last: cannot be set here: each epoch is cut into whole global"),
-        ("train.early_stopping_patience=2", "train.early_stopping_patience: needs train.eval_strategy epoch or steps; got no"),
-        ("train.metric_for_best_model=accuracy", "train.metric_for_best_model: must be loss, all that a causal_lm is measured"),
-        ("train.metric_for_best_model=eval_los", "got 'eval_los'. Did you mean 'loss'?"),
         ("train.learning_rate=.inf", "train.learning_rate: must be a number; got inf"),
         ("output_dir=''", "output_dir: must not be empty"),
         ("data.columns={a: 1}", "data.columns: must be a mapping"),
@@ -174,47 +170,6 @@ def test_all_mistakes_are_told_at_once_with_their_paths(tmp_path: Path) -> None:
 )
 def test_one_mistake(tmp_path: Path, override: str, part: str) -> None:
     assert part in message(write(tmp_path, SMALL), override)
-
-
-EVALUATED = ["train.eval_strategy=epoch", "train.save_strategy=epoch"]
-CLASSES = "model.task=sequence_classification"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
-        (["train.early_stopping_patience=2", *EVALUATED], "early_stopping_patience: needs train.load_best_model_at_end=true, or"),
-        (["train.metric_for_best_model=acuracy", CLASSES], "accuracy, f1, matthews, pearson, spearman; got 'acuracy'. Did you mean 'acc"),
-        (["train.metric_for_best_model=eval_f1", CLASSES, "data.labels=numbers"], "must be one of loss, pearson, spearman; got 'eval_f1'"),
-        (["train.metric_for_best_model=pearson", CLASSES, "data.labels=classes"], "must be one of loss, accuracy, f1, matthews; got"),
-    ],
-)
-def test_what_stops_early_and_what_is_best_must_be_measured(tmp_path: Path, overrides: list[str], part: str) -> None:
-    assert part in message(write(tmp_path, SMALL), *overrides)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["train.load_best_model_at_end=true"],
-        ["train.metric_for_best_model=eval_loss"],
-        ["train.lr_scheduler_type=reduce_lr_on_plateau"],
-        ["train.metric_for_best_model=f1", CLASSES],
-    ],
-)
-def test_what_can_stop_early_is_let_through(tmp_path: Path, overrides: list[str]) -> None:
-    assert load_config(write(tmp_path, SMALL), ["train.early_stopping_patience=2", *EVALUATED, *overrides])
-
-
-def test_the_figures_that_a_config_may_name_are_those_that_are_measured() -> None:
-    from speft_train.config_names import FIGURES
-    from speft_train.evaluate import metrics
-
-    assert {name: set(figures) for name, figures in FIGURES.items()} == {
-        "classes": {"loss", *metrics.CLASSES},
-        "numbers": {"loss", *metrics.NUMBERS},
-        "auto": {"loss", *metrics.CLASSES, *metrics.NUMBERS},
-    }
 
 
 def test_missing_required_keys_are_named_with_what_they_mean(tmp_path: Path) -> None:

@@ -87,9 +87,7 @@ def test_the_config_of_the_readme_runs_on_data_like_alpaca(
     assert "validation: 9 examples" in said and "1 left out, output empty" in said
 
 
-def test_without_test_data_the_validation_rows_are_measured_and_named(
-    tmp_path: Path, model: Path, execute: EXECUTE
-) -> None:
+def test_without_test_data_the_validation_rows_are_measured_and_named(tmp_path: Path, model: Path, execute: EXECUTE) -> None:
     rows = pairs(30)
     found = execute(data={"train": write(tmp_path / "d.jsonl", rows), "validation_from_train": 6})
     assert found["adapted"]["split"] == found["base"]["split"] == "validation"
@@ -199,7 +197,12 @@ def test_what_the_data_tell_is_told_before_the_model_is_loaded(
     ],
 )
 def test_batches_and_validation_are_checked_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], world: int, overrides: list[str], words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    world: int,
+    overrides: list[str],
+    words: str,
 ) -> None:
     for name, value in (("RANK", 0), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
@@ -211,7 +214,10 @@ def test_batches_and_validation_are_checked_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ({"eval_strategy": "epoch", "save_strategy": "steps", "load_best_model_at_end": True}, "save and eval strategy to match"),
+        (
+            {"eval_strategy": "epoch", "save_strategy": "steps", "load_best_model_at_end": True},
+            "save and eval strategy to match",
+        ),
         (
             {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
             "saving steps to be a round multiple of the evaluation steps",

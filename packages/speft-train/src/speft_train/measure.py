@@ -57,7 +57,9 @@ def check_data(run: Run) -> None:
         source = cfg.data.test or cfg.data.train
         evaluate.references(data.render(rows[: cfg.evaluate.limit], run.tokenizer, cfg.data, source).examples)
     elif examples is None:
-        raise UserError(f"{NOTHING}: every {split} example is longer than data.max_length ({cfg.data.max_length}); raise it{OFF}")
+        raise UserError(
+            f"{NOTHING}: every {split} example is longer than data.max_length ({cfg.data.max_length}); raise it{OFF}"
+        )
 
 
 def figures(run: Run, model: Any) -> Result:
