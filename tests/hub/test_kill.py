@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hub.helpers import pico_adapter
 from hub.loopback import LoopbackHub
@@ -108,7 +109,31 @@ def test_what_a_killed_pull_left_is_swept_or_brought_back(adapter_dir: Path, tmp
     target = tmp_path / "copy"
     pull(address, target)
     # Killed between "the old one is renamed away" and "the new one takes its name".
-    target.rename(tmp_path / ".copy.abc.partial.old")
-    (tmp_path / ".copy.abc.partial").mkdir()
+    target.rename(tmp_path / ".copy.abc12_yz.partial.old")
+    (tmp_path / ".copy.abc12_yz.partial").mkdir()
     assert not pull(address, target).fetched  # brought back, and it was the right one
     assert not [p for p in tmp_path.iterdir() if ".partial" in p.name]
+
+
+def test_what_belongs_to_another_name_is_left_alone(adapter_dir: Path, tmp_path: Path) -> None:
+    """`llama-3.1` begins like `llama-3`: another pull may be at work on it, or its only whole copy may lie there."""
+    address = f"file://{tmp_path}/reg/alice/llama"
+    push(adapter_dir, address)
+    others = [tmp_path / ".llama-3.1.abc12_yz.partial", tmp_path / ".llama-3.1.abc12_yz.partial.old"]
+    for other in others:
+        other.mkdir()
+    (others[1] / "whole").write_text("the only copy")
+    assert pull(address, tmp_path / "llama-3").fetched
+    assert all(other.is_dir() for other in others) and (others[1] / "whole").is_file()
+    dead = tmp_path / ".a[1].abc12_yz.partial"
+    dead.mkdir()
+    pull(address, tmp_path / "a[1]")
+    assert not dead.exists()
+
+
+def test_a_pull_that_waited_too_long_says_so(adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"file://{tmp_path}/reg/alice/sst2"
+    push(adapter_dir, address)
+    monkeypatch.setattr("speft_hub.pulling.LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / ".copy.lock"), pytest.raises(UserError, match="another pull into"):
+        pull(address, tmp_path / "copy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -82,3 +83,14 @@ def atomic_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
             shutil.rmtree(old)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def leftovers(path: str | Path) -> tuple[list[Path], list[Path]]:
+    """What a killed `atomic_folder(path)` may have left beside `path`: half-made folders, and whole ones that were renamed away.
+
+    Those of this very name alone: beside `llama-3`, what belongs to `llama-3.1` is another's, who may be at work on it.
+    """
+    path = Path(path)
+    made = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.partial(\.old)?")  # tempfile draws from these characters
+    found = [(p, made.fullmatch(p.name)) for p in sorted(path.parent.iterdir())]
+    return [p for p, m in found if m and not m[1]], [p for p, m in found if m and m[1]]

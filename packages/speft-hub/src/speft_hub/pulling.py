@@ -7,15 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from speft_core import SparseAdapter, UserError
-from speft_core.files import atomic_folder
+from speft_core.files import atomic_folder, leftovers
 
 from . import names
 from .addresses import Reference, parse
@@ -24,6 +24,7 @@ from .registry import digest as digest_of
 
 RETRIES = 5
 RETRY_SECONDS = 1.0
+LOCK_SECONDS = 600.0  # how long to wait for another pull into the same folder
 DEFAULT_MAX_BYTES = 16 << 30
 
 Progress = Callable[[str, int, int], None]
@@ -110,25 +111,29 @@ def _wanted(tree: Mapping[str, Entry], where: str, max_bytes: int) -> dict[str, 
     return wanted
 
 
-def _lock(target: Path) -> AbstractContextManager[object]:
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=LOCK_SECONDS)
     try:
-        return FileLock(target.with_name(f".{target.name}.lock"), timeout=600)
+        lock.acquire()
     except Timeout:
-        raise UserError(f"another pull into {target} has been running for ten minutes") from None
+        raise UserError(f"another pull into {target} has been running for {LOCK_SECONDS / 60:g} minutes; try again later") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _recover(target: Path) -> None:
-    """Clean up after pulls that were killed; the caller holds the lock, so every leftover is dead.
-
-    `atomic_folder` names its folders `.NAME.xxx.partial`, and what it replaces `.NAME.xxx.partial.old`.
-    """
-    for old in target.parent.glob(f".{target.name}.*.partial.old"):
+    """Clean up after pulls that were killed; the caller holds the lock, so every leftover is dead."""
+    halves, olds = leftovers(target)
+    for old in olds:
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(old, target)
-    for partial in target.parent.glob(f".{target.name}.*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for half in halves:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def _is_there(target: Path, wanted: Mapping[str, Entry]) -> bool:
