@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,53 @@ def test_curves_are_drawn_of_what_varies(tmp_path: Path) -> None:
     assert sweep_curves.write(made, both, both) == [sweep_curves.DENSITY, sweep_curves.RATE]
     for name in (sweep_curves.DENSITY, sweep_curves.RATE):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_starts_on_the_gpu_that_is_free(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run is long: all others must go to the other GPU meanwhile."""
+    made = load_sweep(config)
+    cells = [made.cell(row, "A", seed, ()) for seed in (0, 1) for row in ("sparse", "head")]
+    others, ran = threading.Barrier(2, timeout=30), list[tuple[str, str | None]]()
+
+    def long_or_short(cell: Cell, device: str | None) -> None:
+        ran.append((cell.name, device))
+        if cell is cells[0] or cell is cells[-1]:  # the long one ends when the last one has begun
+            others.wait()
+
+    monkeypatch.setattr(sweep, "_elsewhere", long_or_short)
+    settings = sweep.Settings(jobs=2, devices=["4", "7"])
+    sweep.run_cells(cells, sweep.Console(), settings)
+    assert not settings.failed and len(ran) == 4
+    long = dict(ran)[cells[0].name]
+    assert {device for name, device in ran if name != cells[0].name} == {"4", "7"} - {long}
+
+
+def test_more_runs_than_gpus_share_them_evenly() -> None:
+    devices = sweep.Devices(["0", "1"])
+    with devices.one() as a, devices.one() as b, devices.one() as c, devices.one() as d:
+        assert sorted([a, b, c, d]) == ["0", "0", "1", "1"]
+    with devices.one() as a, devices.one() as b:
+        assert {a, b} == {"0", "1"}
+
+
+def test_one_run_at_a_time_sees_its_gpu_alone(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "seen"
+    monkeypatch.setattr(sweep, "RUN", f"import os; open({str(out)!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ';')")
+    made = load_sweep(config)
+    settings = sweep.Settings(devices=["3"], lock=tmp_path / "lock")
+    settings.check()
+    sweep.run_cells([made.cell("head", "A", seed, ()) for seed in (0, 1)], sweep.Console(), settings)
+    assert out.read_text() == "3;3;" and not settings.failed and (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (sweep.Settings(jobs=2, lock=Path("lock")), "--lock holds a file for one run at a time, --jobs 2"),
+        (sweep.Settings(jobs=2, devices=["0", "0"]), "must name each GPU once, got 0,0"),
+        (sweep.Settings(devices=["0", "1"]), "--jobs is 1: some would idle; give --jobs 2"),
+    ],
+)
+def test_what_cannot_all_be_done_is_refused(config: Path, settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.execute(config, [], [], None, False, settings)

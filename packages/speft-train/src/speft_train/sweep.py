@@ -9,11 +9,12 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,45 @@ class Settings:
 
     lock: Path | None = None  #: held while a cell runs
     jobs: int = 1
-    devices: Sequence[str] = ()
+    devices: Sequence[str] = ()  #: GPUs; no two runs share one while another is free
     table_only: bool = False  #: run nothing, write the table of what is done
     failed: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """UserError for what cannot all be done."""
+        if self.lock is not None and self.jobs > 1:
+            raise UserError(f"--lock holds a file for one run at a time, --jobs {self.jobs} asks for several; give one of the two")
+        if len(set(self.devices)) < len(self.devices):
+            raise UserError(f"--devices must name each GPU once, got {','.join(self.devices)}; --jobs says how many runs there are")
+        if self.jobs < len(self.devices):
+            raise UserError(
+                f"--devices {','.join(self.devices)} has {len(self.devices)} GPUs and --jobs is {self.jobs}: some would idle;"
+                f" give --jobs {len(self.devices)}, or fewer devices"
+            )
+
+
+class Devices:
+    """Hands out GPUs: each run gets the one with the fewest runs on it, so with no more runs than GPUs a free one."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._runs = dict.fromkeys(names, 0)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self) -> Iterator[str]:
+        with self._lock:
+            name = min(self._runs, key=lambda n: self._runs[n])
+            self._runs[name] += 1
+        try:
+            yield name
+        finally:
+            with self._lock:
+                self._runs[name] -= 1
 
 
 def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | None, dry_run: bool, settings: Settings) -> None:
     """One sweep, from its file to its table. A cell that fails is told at the end; the others go on."""
+    settings.check()
     console = Console()
     sweep = load_sweep(config, overrides, grid, seeds)
     if dry_run:
@@ -114,12 +147,13 @@ def figures(cell: Cell) -> dict[str, Any] | None:
 
 
 def run_cells(cells: Sequence[Cell], console: Console, settings: Settings) -> None:
-    """Run what is not done, one after the other here, or `jobs` at once in processes of their own."""
+    """Run what is not done, one after the other here, or `jobs` at once (or on a GPU of their own) in processes of their own."""
     todo = [] if settings.table_only else [cell for cell in cells if not is_done(cell)]
     done = sum(map(is_done, cells))
     if done:
         console.print(f"{done} of {len(cells)} runs are done already", highlight=False)
-    work: Callable[[tuple[int, Cell]], None] = lambda item: _one(item[1], item[0], len(todo), console, settings)  # noqa: E731
+    devices = Devices(settings.devices) if settings.devices else None
+    work: Callable[[tuple[int, Cell]], None] = lambda item: _one(item[1], item[0], len(todo), console, settings, devices)  # noqa: E731
     if settings.jobs == 1:
         for item in enumerate(todo):
             work(item)
@@ -128,16 +162,15 @@ def run_cells(cells: Sequence[Cell], console: Console, settings: Settings) -> No
         list(pool.map(work, enumerate(todo)))
 
 
-def _one(cell: Cell, place: int, count: int, console: Console, settings: Settings) -> None:
+def _one(cell: Cell, place: int, count: int, console: Console, settings: Settings, devices: Devices | None) -> None:
     started = time.perf_counter()
     try:
-        if settings.jobs == 1:
-            with _holding(settings.lock):
-                started = time.perf_counter()
+        with _holding(settings.lock), devices.one() if devices else nullcontext() as device:
+            started = time.perf_counter()
+            if settings.jobs == 1 and device is None:
                 _here(cell)
-        else:
-            device = settings.devices[place % len(settings.devices)] if settings.devices else None
-            _elsewhere(cell, device)
+            else:
+                _elsewhere(cell, device)
     except Exception as error:  # a bug, or a full disk, in one cell takes no other with it
         expected = isinstance(error, (UserError, OSError))
         if not expected:
