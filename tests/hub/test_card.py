@@ -94,6 +94,26 @@ def test_what_the_hub_shows(hub: LoopbackHub, adapter_dir: Path, tmp_path: Path)
     assert svg.startswith("<svg") and svg.count("<rect") == 1 + 2
 
 
+def test_figures_say_which_rows_and_task_they_are_of(adapter_dir: Path, tmp_path: Path) -> None:
+    """A run without a test set is scored on validation rows, and a classifier generates no text."""
+    address = f"file://{tmp_path}/registry/alice/sst2"
+    (adapter_dir / "training_config.yaml").write_text("data: {train: /data/train.jsonl, validation: /data/held.jsonl}\n")
+    adapted = {"accuracy": 0.9, "loss": 0.25, "count": 10, "tokens": 93, "split": "validation"}
+    (adapter_dir / "results.json").write_text(json.dumps({"base": {"accuracy": 0.5, "split": "validation"}, "adapted": adapted}))
+    push(adapter_dir, address)
+    text = card_of(address, tmp_path)
+    metadata = yaml.safe_load(text.split("---")[1])
+    (result,) = metadata["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "validation" and result["dataset"]["name"] == "held.jsonl"
+    assert result["task"] == {"type": "text-classification"} and metadata["metrics"] == ["accuracy", "loss"]
+    assert "| held.jsonl | validation | accuracy | 0.5 | 0.9 |" in text and "tokens" not in text
+    (adapter_dir / "training_config.yaml").write_text("data: {train: /data/train.jsonl, validation_from_train: 4}\n")
+    (adapter_dir / "results.json").write_text(json.dumps({"base": {"accuracy": 0.5}, "adapted": adapted}))
+    push(adapter_dir, address)
+    text = card_of(address, tmp_path)
+    assert "| train.jsonl | validation | accuracy |  | 0.9 |" in text, "a base scored on other rows is no comparison"
+
+
 def test_a_persons_edits_survive_another_push(address: str, adapter_dir: Path, tmp_path: Path) -> None:
     push(adapter_dir, address, fields=CardFields(license="mit"))
 

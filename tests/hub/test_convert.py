@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from speft_core import SparseAdapter, UserError
+from speft_hub.cli import app
+from speft_hub.console import run
 from speft_hub.convert import convert
 from speft_hub.diff import adapter_between, diff_adapters, diff_checkpoints
 
@@ -228,3 +230,13 @@ def test_diff_of_checkpoints_and_adapters(tmp_path: Path) -> None:
     pico.opt().save_pretrained(tmp_path / "opt")
     with pytest.raises(UserError, match="architecture"):
         list(diff_checkpoints(tmp_path / "a", tmp_path / "opt"))
+
+
+def test_a_difference_that_replaces_an_adapter_leaves_nothing_of_it(tmp_path: Path) -> None:
+    pico.llama(seed=0).save_pretrained(tmp_path / "a")
+    pico.llama(seed=1).save_pretrained(tmp_path / "b")
+    (tmp_path / "out").mkdir()
+    for name in ("adapter_config.json", "heads.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    assert run(app, ["convert", *map(str, (tmp_path / "b", tmp_path / "out", "--against", tmp_path / "a", "--force"))]) == 0
+    assert SparseAdapter.load(tmp_path / "out").nnz and not (tmp_path / "out/heads.json").exists()

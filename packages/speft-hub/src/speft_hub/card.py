@@ -110,7 +110,9 @@ def render(adapter: SparseAdapter, folder: Path, address: str, given: CardFields
     config = adapter.config
     on_hub, base = _base(adapter, given)
     results = given.results or find_results(folder)
-    evaluations = [*given.evaluations, *(read_results(results, folder) if results else [])]
+    task = given.pipeline_tag or PIPELINE_OF_TASK.get(config.task_type or "")
+    found = (read_results(results, folder, task) if task else read_results(results, folder)) if results else []
+    evaluations = [*given.evaluations, *found]
     tags = ["speft", "sparse", *(["merge"] if config.extra.get("merge") else []), *given.tags]
     metadata: dict[str, Any] = {
         "library_name": "speft" if given.relation == "adapter" else "transformers",
@@ -120,7 +122,7 @@ def render(adapter: SparseAdapter, folder: Path, address: str, given: CardFields
         "license_name": given.license_name,
         "license_link": given.license_link,
         "language": list(given.language) or None,
-        "pipeline_tag": given.pipeline_tag or PIPELINE_OF_TASK.get(config.task_type or ""),
+        "pipeline_tag": task,
         "datasets": list(given.datasets) or None,
         "metrics": sorted({e.metric for e in evaluations}) or None,
         "tags": list(dict.fromkeys([*tags, *([f"base_model:{given.relation}:{on_hub}"] if on_hub else [])])),

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from speft_core import UserError
+from speft_core.files import atomic_folder
 from speft_core.merge_report import totals
 
 from .addresses import is_reference
@@ -137,9 +139,17 @@ def convert(
     from .diff import adapter_between
     from .sources import base_folder
 
+    alone = {"--top-k": top_k, "--base-model": base_model} if against is None else {"--base": base}
+    for option, value in alone.items():
+        if value is not None:
+            raise UserError(f"{option} has no use {'without' if against is None else 'with'} --against; leave it out")
     if against is not None:
+        if to != "speft":
+            raise UserError(f"--against makes a speft adapter, got --to {to}; convert what it makes in a second step")
         check_place(out, force)
-        adapter_between(base_folder(against) or against, source, top_k, base_model).save(out)
+        made = adapter_between(base_folder(against) or against, source, top_k, base_model)
+        with atomic_folder(out) as beside:  # nothing of an adapter that is replaced stays behind
+            made.save(beside)
         kind = "checkpoint"
     else:
         kind = run_convert(source, out, to, base_folder(base) or base if base else None, force)

@@ -37,11 +37,14 @@ class Evaluation:
         return bool(HUB_ID.fullmatch(self.dataset)) and "/" in self.dataset
 
 
-NOT_METRICS = frozenset({"count", "seconds", "examples", "samples"})
+NOT_METRICS = frozenset({"count", "seconds", "examples", "samples", "tokens"})
 
 
-def read_results(path: Path, folder: Path) -> list[Evaluation]:
-    """The figures in a run's `results.json` (`base` and `adapted`, metric -> number), named by the data that they are of."""
+def read_results(path: Path, folder: Path, task: str = "text-generation") -> list[Evaluation]:
+    """The figures in a run's `results.json` (`base` and `adapted`, metric -> number), named by the data they are of.
+
+    `adapted.split` says which rows those are, "test" where it is missing. task: what the model does, as the Hub calls it.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -51,8 +54,8 @@ def read_results(path: Path, folder: Path) -> list[Evaluation]:
     adapted, base = record.get("adapted"), record.get("base")
     if not isinstance(adapted, dict):
         return []
-    base = base if isinstance(base, dict) else {}
-    split = str(adapted.get("split") or "test")
+    split = _split(adapted)
+    base = base if isinstance(base, dict) and _split(base) == split else {}  # other rows are no comparison
     dataset = str(record.get("dataset") or _data(folder, split))
     found = []
     for metric, value in adapted.items():
@@ -60,12 +63,17 @@ def read_results(path: Path, folder: Path) -> list[Evaluation]:
             continue
         before = base.get(metric)
         before = before if isinstance(before, (int, float)) and not isinstance(before, bool) else None
-        found.append(Evaluation(dataset=dataset, metric=str(metric), value=value, base=before, split=split))
+        found.append(Evaluation(dataset=dataset, metric=str(metric), value=value, base=before, split=split, task=task))
     return found
 
 
+def _split(figures: dict[str, Any]) -> str:
+    split = figures.get("split")
+    return split if isinstance(split, str) and split else "test"
+
+
 def _data(folder: Path, split: str) -> str:
-    """What the run was measured on, from its configuration; a path of this machine is cut to its last part."""
+    """What the run was scored on, from its configuration; a path of this machine is cut to its last part."""
     path = folder / "training_config.yaml"
     if not path.is_file():
         return "unnamed"

@@ -20,11 +20,11 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from speft_core import UserError
 from speft_core.files import atomic_write
@@ -32,6 +32,7 @@ from speft_core.files import atomic_write
 from .registry import CHUNK, SHA, Commit, Content, Entry, Listed, NotFound, References, StaleParent, chunks, digest
 
 MARK = "speft-registry.json"
+LOCK_SECONDS = 600.0  # how long to wait for another push
 JSON_LIMIT = 4 << 20  # bytes of a commit; a tree of an adapter has a dozen files
 
 
@@ -128,14 +129,25 @@ class FolderRegistry:
         if root.exists() and any(p for p in root.iterdir() if p.name not in ("objects", "commits", "refs", ".lock")):
             raise UserError(f"{root} exists and is no registry; choose an empty or new folder")
         root.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
-        if private:
-            root.chmod(0o700)
         with self._locked(root):
+            if (root / MARK).is_file():  # another push made it while this one waited, and may have pushed since
+                return
+            if private:
+                root.chmod(0o700)
             self._write_commit(root, "main", None, {}, "initial commit")
             atomic_write(root / MARK, json.dumps({"format": 1, "private": private}) + "\n")
 
-    def _locked(self, root: Path) -> AbstractContextManager[object]:
-        return FileLock(root / ".lock", timeout=600)
+    @contextmanager
+    def _locked(self, root: Path) -> Iterator[None]:
+        lock = FileLock(root / ".lock", timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another push to {root} has been running for {LOCK_SECONDS / 60:g} minutes; try again later") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _write_commit(self, root: Path, branch: str, parent: str | None, tree: dict[str, tuple[str, int]], title: str) -> str:
         try:
@@ -156,6 +168,8 @@ class FolderRegistry:
         root = self._root(repo)
         with self._locked(root):
             self._sweep(root)
+            if not (root / "refs" / "heads" / _quoted(branch)).is_file():
+                raise UserError(f"{self.address(repo)}: {branch!r} is no branch, and only branches move; push to main or --branch NAME")
             if self.resolve(repo, branch) != parent:
                 raise StaleParent(f"{self.address(repo)}: someone pushed to {branch} since {parent[:12]}; pull and push again")
             tree = {p: (sha256, size) for p, (sha256, size) in self._commit(repo, parent)["tree"].items() if p not in delete}
@@ -192,10 +206,11 @@ class FolderRegistry:
         root = self._root(repo)
         self._commit(repo, sha)
         with self._locked(root):
-            target = root / "refs" / kind / _quoted(name)
-            if target.exists():
-                raise UserError(f"{self.address(repo)} has {name!r} already, at {_read_small(target, name).strip()[:12]}")
-            atomic_write(target, sha + "\n")
+            for other in ("heads", "tags"):  # a branch and a tag of one name: an address would mean the branch, and hide the tag
+                target = root / "refs" / other / _quoted(name)
+                if target.exists():
+                    raise UserError(f"{self.address(repo)} has {name!r} already, at {_read_small(target, name).strip()[:12]}")
+            atomic_write(root / "refs" / kind / _quoted(name), sha + "\n")
 
     def branch(self, repo: str, name: str, sha: str) -> None:
         self._reference(repo, "heads", name, sha)

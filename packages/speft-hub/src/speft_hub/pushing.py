@@ -16,7 +16,7 @@ from .addresses import Reference, check_revision, parse, public_base
 from .card import CardFields, render
 from .card_merge import merge_cards
 from .pulling import check_folder, fetch_small
-from .registry import Content, Entry, NotFound, Registry, digest, same
+from .registry import Content, Entry, NotFound, Registry, StaleParent, digest, same
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
 
@@ -136,12 +136,20 @@ def push(
 
 def _create(registry: Registry, repo: str, branch: str, private: bool) -> str:
     """Make what is missing, the repository or only the branch (which starts at main), and return the branch's commit."""
+    late = StaleParent(f"{registry.address(repo)}: someone pushed to {branch} at the same time; pull and push again")
     registry.create(repo, private)
     main = registry.resolve(repo, "main")
     if branch == "main":
+        if any(names.size_limit(name) is not None for name in registry.tree(repo, main)):  # not the empty first commit
+            raise late
         return main
-    registry.branch(repo, branch, main)
-    return registry.resolve(repo, branch)
+    try:
+        registry.branch(repo, branch, main)
+    except UserError:
+        if branch in registry.references(repo).branches:
+            raise late from None
+        raise
+    return main
 
 
 def _tag(registry: Registry, repo: str, tag: str, sha: str) -> None:
