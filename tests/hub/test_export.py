@@ -175,6 +175,8 @@ def test_one_head_of_a_multi_head_folder(tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()), expected)
     with pytest.raises(UserError, match="no head 'c'; it has a, b"):
         export(tmp_path / "many", tmp_path / "out2", head="c")
+    with pytest.raises(UserError, match="choose with --head a or b"):
+        export(tmp_path / "many", tmp_path / "out2")
 
 
 def test_a_base_on_the_hub_is_fetched_at_its_commit(tmp_path: Path, hub: LoopbackHub) -> None:
@@ -233,3 +235,15 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     assert export(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "other"), check_base=False).exists()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["model_type"] == "llama"
+
+
+def test_the_base_is_never_replaced_by_its_export(tmp_path: Path) -> None:
+    model = pico.llama()
+    model.save_pretrained(tmp_path / "base")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "base").iterdir()}
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    delta = SparseDelta(torch.tensor([1], dtype=torch.int32), torch.ones(1), tuple(weight.shape))
+    SparseAdapter({"model.layers.0.self_attn.q_proj.weight": delta}, {}, AdapterConfig(), {}).save(tmp_path / "adapter")
+    with pytest.raises(UserError, match="is the base itself"):
+        export(tmp_path / "adapter", tmp_path / "base", str(tmp_path / "base"), force=True, check_base=False)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "base").iterdir()} == before

@@ -184,6 +184,19 @@ def test_a_push_goes_to_a_branch_and_moves_no_tag(adapter_dir: Path, tmp_path: P
             push(adapter_dir, address, **({"tag": name} if name == "main" else {"branch": name}))
 
 
+def test_a_parent_may_be_short(address: str, adapter_dir: Path) -> None:
+    first = push(adapter_dir, address)
+    pico_adapter(seed=1).save(adapter_dir)
+    assert push(adapter_dir, address, parent=first.sha[:9]).sha != first.sha
+
+
+def test_a_repository_within_another_is_refused(adapter_dir: Path, tmp_path: Path) -> None:
+    push(adapter_dir, f"file://{tmp_path}/registry/alice/sst2")
+    for inside in ("deep", "refs/heads/deep"):
+        with pytest.raises(UserError, match="lies within the repository"):
+            push(adapter_dir, f"file://{tmp_path}/registry/alice/sst2/{inside}")
+
+
 def test_branches_and_tags(address: str, adapter_dir: Path, tmp_path: Path) -> None:
     main = push(adapter_dir, address, tag="v1")
     pico_adapter(seed=5).save(adapter_dir)

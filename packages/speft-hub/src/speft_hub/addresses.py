@@ -51,7 +51,7 @@ def parse(text: str) -> Reference:
         parts = urlsplit(address)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
             raise UserError(f"a folder registry is written file:///absolute/path, got {text!r}")
-        return Reference(FolderRegistry(), unquote(parts.path).rstrip("/"), revision or None)
+        return Reference(FolderRegistry(), unquote(parts.path).rstrip("/") or "/", revision or None)
     if not REPO_ID.fullmatch(address) or ".." in address:
         raise UserError(f"a repository is written owner/name[@revision] or file:///path/owner/name[@revision], got {text!r}")
     return Reference(_hub(), address, revision or None)

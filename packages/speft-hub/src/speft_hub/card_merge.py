@@ -109,8 +109,7 @@ def merge_cards(
     `prefer` ("auto", "local", "hub") settles which of two edited cards is kept; "auto" raises UserError for that case.
     `explicit`: metadata keys that the caller said this time, which win over the card's.
     """
-    if prefer not in ("auto", "local", "hub"):
-        raise UserError(f"--keep must be auto, local or hub, got {prefer!r}")
+    check_prefer(prefer)
     old = _which(local, hub, prefer)
     if old is None:
         body = f"# {new.title}\n\n" + "\n\n".join(_wrapped(n, t) for n, t in new.sections.items())
@@ -130,6 +129,12 @@ def _record(new: Rendered, old: dict[str, Any]) -> dict[str, Any]:
     sections = _known(old, "sections") | {n: _hash(t) for n, t in new.sections.items()}
     meta = _known(old, "meta") | {k: _hash(v) for k, v in new.metadata.items()}
     return {"sections": sections, "meta": meta}
+
+
+def check_prefer(prefer: str) -> None:
+    """UserError unless `prefer` is a way to settle which of two cards is kept."""
+    if prefer not in ("auto", "local", "hub"):
+        raise UserError(f"--keep must be auto, local or hub, got {prefer!r}")
 
 
 def _which(local: str | None, hub: str | None, prefer: str) -> Card | None:

@@ -45,6 +45,8 @@ def read_results(path: Path, folder: Path, task: str = "text-generation") -> lis
 
     `adapted.split` says which rows those are, "test" where it is missing. task: what the model does, as the Hub calls it.
     """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}, whose figures the card should show")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -24,7 +24,7 @@ from speft_core.writing import gather, write_sum
 from .addresses import public_base
 from .card import CardFields, plain
 from .checkpoint import Checkpoint, write_index
-from .names import check_place
+from .names import HEADS, check_place
 from .pulling import Progress, _fetch, check_folder
 from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
 
@@ -48,14 +48,21 @@ def export(
     """
     folder, out = Path(adapter), Path(out)
     loaded = check_folder(folder)
-    if head is not None:
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    if head is not None or (folder / HEADS).is_file():
         from speft_core.multihead import load_heads
 
         heads, _ = load_heads(folder)
+    if head is None and any(heads.values()):
+        raise UserError(f"{folder} has several heads and a checkpoint has one; choose with --head {' or '.join(heads)}")
+    if head is not None:
         if head not in heads:
             raise UserError(f"{folder} has no head {head!r}; it has {', '.join(heads)}")
         loaded = SparseAdapter(loaded.deltas, dict(heads[head]), loaded.config, loaded.fingerprint)
     chosen = base_name(loaded.config.base_model_name_or_path, base, folder)
+    local = base_folder(chosen)
+    if local is not None and local.resolve() == out.resolve():
+        raise UserError(f"{out} is the base itself, which is never replaced; name a new folder")
     check_place(out, force, "checkpoint", "config.json")
     with atomic_folder(out) as beside:
         _copy_base(chosen, None if base else loaded.config.base_model_revision, beside, progress)

@@ -128,6 +128,9 @@ class FolderRegistry:
             return
         if root.exists() and any(p for p in root.iterdir() if p.name not in ("objects", "commits", "refs", ".lock")):
             raise UserError(f"{root} exists and is no registry; choose an empty or new folder")
+        outer = next((parent for parent in root.parents if (parent / MARK).is_file()), None)
+        if outer is not None:
+            raise UserError(f"{root} lies within the repository {self.address(str(outer))}; choose a folder beside it")
         root.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
         with self._locked(root):
             if (root / MARK).is_file():  # another push made it while this one waited, and may have pushed since

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from speft_core import SparseAdapter, UserError
+from speft_core import UserError
 
 from . import names
 from .addresses import Reference, check_revision, parse, public_base
-from .card import CardFields, render
-from .card_merge import merge_cards
+from .card import CardFields, Rendered, render
+from .card_merge import check_prefer, merge_cards
 from .pulling import check_folder, fetch_small
 from .registry import Content, Entry, NotFound, Registry, StaleParent, digest, same
 
@@ -111,7 +111,10 @@ def push(
     contents: dict[str, Content] = dict(found)
     contents[names.CONFIG] = _public_config(folder, fields.base_model)
     _refuse_secrets(contents)
-    fields.check()
+    rendered = render(adapter, folder, registry.address(repo), fields)  # what is wrong with a card is told before anything is made
+    check_prefer(card)
+    if parent is not None:
+        parent = registry.resolve(repo, parent)
 
     try:
         head = registry.resolve(repo, branch)
@@ -119,7 +122,7 @@ def push(
         head = _create(registry, repo, branch, private)
     parent = parent or head
     tree = registry.tree(repo, head)
-    contents.update(_cards(adapter, folder, registry, repo, head, tree, fields, card))
+    contents.update(_cards(rendered, folder, registry, repo, head, tree, fields, card))
     _refuse_secrets({names.CARD: contents[names.CARD]})
 
     changed = [n for n, c in contents.items() if n not in tree or not same(digest(c), tree[n])]
@@ -162,7 +165,7 @@ def _tag(registry: Registry, repo: str, tag: str, sha: str) -> None:
 
 
 def _cards(
-    adapter: SparseAdapter,
+    rendered: Rendered,
     folder: Path,
     registry: Registry,
     repo: str,
@@ -171,8 +174,7 @@ def _cards(
     fields: CardFields,
     prefer: str,
 ) -> dict[str, Content]:
-    """The card, its picture and the evaluation files, generated anew and merged with what people wrote."""
-    rendered = render(adapter, folder, registry.address(repo), fields)
+    """The card, merged with what people wrote, its picture and the evaluation files."""
     local = (folder / names.CARD).read_text(encoding="utf-8") if (folder / names.CARD).is_file() else None
     hub = None
     if names.CARD in tree:
