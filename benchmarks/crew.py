@@ -76,6 +76,7 @@ def interleaved(made: Crew, names: Sequence[str], rounds: int, warmup: int = 1) 
             made.ask(name, "step")
     times: dict[str, list[float]] = {n: [] for n in names}
     for number in range(rounds):
+        print(f"  round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for name in names if number % 2 == 0 else list(reversed(names)):
             made.ask(name, "step")
             times[name].append(made.ask(name, "step"))

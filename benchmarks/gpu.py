@@ -173,7 +173,7 @@ class Bench:
 
     def run(self) -> list[dict[str, Any]]:
         """All methods in turn, round by round; full fine-tuning, which changes the weights, only once, at the end."""
-        names = [n for n in self.methods() if any(n.startswith(m) for m in self.asked.methods)]
+        names = [n for n in self.methods() if n == "floor" or any(n.startswith(m) for m in self.asked.methods)]
         linear = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
         watched = [linear[0], linear[len(linear) // 2], linear[-1]]
         before = [weight.detach().cpu() for weight in watched]
@@ -185,7 +185,7 @@ class Bench:
                 try:
                     found.setdefault(name, []).append(self.measure(name))
                 except torch.OutOfMemoryError:
-                    found.setdefault(name, []).append({"seconds": float("nan"), "peak": -1, "trained": 0})
+                    found.setdefault(name, []).append({"seconds": float("nan"), "peak": None, "trained": None})
                 print(number, name, found[name][-1], flush=True)
                 same = all(torch.equal(w.detach().cpu(), b) for w, b in zip(watched, before, strict=True))
                 assert same or name in once, f"{name} left the base changed"
@@ -193,8 +193,9 @@ class Bench:
         for name in names:
             seconds = statistics.median(f["seconds"] for f in found[name])
             spread = max(f["seconds"] for f in found[name]) / min(f["seconds"] for f in found[name]) - 1
+            peaks = [f["peak"] for f in found[name] if f["peak"] is not None]
             rows.append({"method": name, "trained": found[name][0]["trained"], "ms": 1e3 * seconds, "spread": spread,
-                         "peak": max(f["peak"] for f in found[name])})  # fmt: skip
+                         "peak": max(peaks, default=None)})  # fmt: skip
         return self.compared(rows)
 
     @staticmethod
@@ -203,7 +204,8 @@ class Bench:
         by_name = {row["method"]: row for row in rows}
         for row in rows:
             row["over floor"] = row["ms"] / by_name["floor"]["ms"]
-            row["peak above floor"] = row["peak"] - by_name["floor"]["peak"]
+            peaks = row["peak"], by_name["floor"]["peak"]
+            row["peak above floor"] = None if None in peaks else peaks[0] - peaks[1]
             if "LoRA" in by_name:
                 row["over LoRA"] = row["ms"] / by_name["LoRA"]["ms"]
         return rows
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["floor", "speft", "LoRA"], help="names, or how they begin")
+    parser.add_argument("--methods", nargs="+", default=["floor", "speft", "LoRA"], help="names, or how they begin; the floor is always measured")
     parser.add_argument("--plans", nargs="+", default=["auto"], help="backward plans of speft")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--memory-limit", type=float, help="GiB that the saliency pass may take on the device")

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from models import BUNDLED
 from report import into_docs, machine, summary, with_pictures, write
@@ -60,6 +61,7 @@ def main(words: list[str] | None = None) -> None:
     earlier = asked.output / "results.json"
     results = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
     if not asked.tables_only:
+        _require_same(results.setdefault("asked", options.about), options.about, asked.output)
         results["machine"] = machine(asked.threads)
     for name in [] if asked.tables_only else asked.suites or SUITES:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -75,6 +77,15 @@ def main(words: list[str] | None = None) -> None:
         into_docs(with_pictures(text, asked.output, asked.docs), asked.docs)
     if asked.readme:
         into_docs(summary(results), asked.readme)
+
+
+def _require_same(earlier: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """One table is of one model and one batch: exit code 2 where the folder holds results of another."""
+    for key, value in now.items():
+        if earlier.get(key) != value:
+            said = f"{output} holds results with {key} {earlier.get(key)}, not {value}; choose another --output"
+            print(f"error: {said}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

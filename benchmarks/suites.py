@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -33,6 +34,11 @@ class Options:
     output: Path  #: folder for masks, JSON, tables and plots
     methods: tuple[str, ...]  #: rows of step_time and memory to run; empty: all
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What results of one table have in common."""
+        return {"model": self.model, "data": self.data, "tokens": f"{self.rows}x{self.length}", "threads": self.threads}
+
     def spec(self, method: str, dtype: str, **more: Any) -> dict[str, Any]:
         """A worker's orders."""
         base = {"model": self.model, "data": self.data, "rows": self.rows, "length": self.length, "threads": self.threads}
@@ -40,14 +46,15 @@ class Options:
 
     def mask(self, metric: str, like_lora_r: int | None = None, **more: Any) -> str:
         """The path of a mask, made in a process of its own when it is not there."""
-        label = "_".join(
-            str(v) for v in (self.model.rpartition(":")[2].rpartition("/")[2], metric, like_lora_r, *more.values())
-        )
-        path = self.output / f"mask_{label}.safetensors"
-        if not path.is_file():
-            spec = self.spec("mask", "fp32", metric=metric, like_lora_r=like_lora_r, mask=str(path), **more)
-            _run_mask(spec, path)
-        return str(path)
+        spec = self.spec("mask", "fp32", metric=metric, like_lora_r=like_lora_r, **more)
+        return str(self.mask_of(spec, "_".join(str(v) for v in (metric, like_lora_r, *more.values()) if v is not None)))
+
+    def mask_of(self, spec: dict[str, Any], label: str) -> Path:
+        """The path of the mask that a worker makes of these orders; its name tells them apart."""
+        about = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=4).hexdigest()
+        path = self.output / f"mask_{label}_{about}.safetensors"
+        _run_mask(spec | {"mask": str(path)}, path)
+        return path
 
 
 def contestants(o: Options, dtype: str) -> dict[str, dict[str, Any]]:
@@ -145,8 +152,7 @@ def growth(o: Options) -> Rows:
         measure("tokens", tokens, pair)
     for width in (256, 512, 1024, 2048):
         wide = {"model": "wide", "data": None, "width": width}
-        mask = o.output / f"mask_wide_{width}.safetensors"
-        _run_mask(o.spec("mask", "fp32", metric="gradient", density=0.005, mask=str(mask)) | wide, mask)
+        mask = o.mask_of(o.spec("mask", "fp32", metric="gradient", density=0.005) | wide, f"wide_{width}")
         pair = {"floor": o.spec("floor", "fp32") | wide, "gradient": o.spec("sparse", "fp32", mask=str(mask)) | wide}
         measure("width", width, pair)
     return rows
@@ -156,8 +162,7 @@ def wide(o: Options) -> Rows:
     """A wider model (hidden 2048, 4 layers), 8 x 256 tokens: step time over the floor."""
     rows: Rows = []
     wider = {"model": "wide", "data": None, "rows": 8, "length": 256}
-    mask = o.output / "mask_wide_0.0045.safetensors"
-    _run_mask(o.spec("mask", "fp32", metric="gradient", density=0.0045, mask=str(mask)) | wider, mask)
+    mask = o.mask_of(o.spec("mask", "fp32", metric="gradient", density=0.0045) | wider, "wide")
     for dtype in o.dtypes:
         specs = {
             "floor": o.spec("floor", dtype) | wider,

@@ -67,6 +67,14 @@ def test_tables_of_nothing_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and "has no results.json" in done.stderr
 
 
+def test_results_of_another_model_or_batch_do_not_get_into_one_table(tmp_path: Path) -> None:
+    about = {"model": "tiny", "data": "gsm8k/train.jsonl", "tokens": "2x16", "threads": 1}
+    (tmp_path / "results.json").write_text(json.dumps({"asked": about}), encoding="utf-8")
+    done = bench("step_time", "--output", str(tmp_path), check=False)
+    assert done.returncode == 2 and "holds results with data gsm8k/train.jsonl, not bundled:word-problems" in done.stderr
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"asked": about}
+
+
 def test_an_unknown_suite_is_refused() -> None:
     done = bench("speed", check=False)
     assert done.returncode == 2 and "no suite 'speed'; there are step_time" in done.stderr

@@ -128,6 +128,17 @@ def test_a_causal_head_on_a_classifier() -> None:
         assert torch.equal(heads(**batch)["lm"].logits, answers["lm"].logits)
 
 
+def test_a_causal_head_is_refused_where_the_causal_model_changes_its_logits() -> None:
+    model = classifier()
+    for name, harmless, value in (("final_logit_softcapping", None, 30.0), ("logits_scaling", 1, 8.0)):
+        setattr(model.config, name, harmless)
+        MultiHeadModel(model, None, {"lm": {"lm_head.weight": torch.randn(64, 16)}}).close()
+        setattr(model.config, name, value)
+        with pytest.raises(UserError, match=rf"{name}={value}; load the base as a causal model"):
+            MultiHeadModel(model, None, {"lm": {"lm_head.weight": torch.randn(64, 16)}})
+        setattr(model.config, name, harmless)
+
+
 def test_heads_can_be_trained_through() -> None:
     model = classifier()
     with MultiHeadModel(model, None, {"a": {"score.weight": torch.randn(2, 16)}, "b": {}}) as heads:

@@ -89,6 +89,17 @@ class MultiHeadModel:
             body = SparseAdapter(adapter.deltas, {}, adapter.config, adapter.fingerprint)
             self._applied = body.apply(model, check_base)
 
+    def _check_logits(self, task: str) -> None:
+        """UserError where the causal model changes its logits, which a head on the hidden state would miss."""
+        settings = getattr(self.model, "config", None)
+        for name in ("final_logit_softcapping", "softcap", "output_logit_soft_cap", "logit_scale", "logits_scaling", "output_multiplier"):
+            value = getattr(settings, name, None)
+            if value is not None and value != 1:
+                raise UserError(
+                    f"head {task!r}: lm_head.weight on a model without one gives other logits than its causal model, which has"
+                    f" {name}={value}; load the base as a causal model"
+                )
+
     def _sort_heads(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], str]:
         """Heads by where they sit: on the model's own head module (its path is returned), or on the last hidden state."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
@@ -99,6 +110,8 @@ class MultiHeadModel:
                 native[task] = head
             elif len(head) == 1 and next(iter(head)) in ("score.weight", "lm_head.weight") and self._backbone() is not None:
                 foreign[task] = next(iter(head.values()))
+                if "lm_head.weight" in head:
+                    self._check_logits(task)
             else:
                 missing = next(name for name in head if name not in own)
                 raise UserError(
