@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["floor", "speft", "LoRA"], help="names, or how they begin; the floor is always measured")
+    parser.add_argument("--methods", nargs="+", default=["floor", "speft", "LoRA"], help="or how they begin; the floor always")
     parser.add_argument("--plans", nargs="+", default=["auto"], help="backward plans of speft")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--memory-limit", type=float, help="GiB that the saliency pass may take on the device")
