@@ -28,7 +28,7 @@ from . import results, sweep_curves, sweep_table
 from .config import to_yaml
 from .folder import RunFolder
 from .stages import STAGES
-from .sweep_config import LOWER_IS_BETTER, SCORES, Cell, Sweep, load_sweep
+from .sweep_config import SCORES, Cell, Sweep, load_sweep
 
 # The child of a parallel sweep.
 RUN = "import sys; from speft_train.cli import main; sys.argv = ['speft-train', *sys.argv[1:]]; main()"
@@ -219,21 +219,22 @@ def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str
         for tuned in sweep.candidates(row)
     ]
     run_cells(cells, console, settings)
-    best: dict[tuple[str, str], tuple[tuple[float, float], tuple[tuple[str, Any], ...]]] = {}
+    candidates: dict[tuple[str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     for cell in cells:
         found = figures(cell)
         if found is None:
             continue
-        name = sweep.score(cell.column)
         held = found["adapted"].get("validation") or found["adapted"]
         if held is found["adapted"] and held.get("split") != "validation":
             raise UserError("sweep.tune needs validation data: set data.validation or data.validation_from_train")
-        score = sweep_table.score_of(held, name)
-        rank = (-score if name in LOWER_IS_BETTER else score, -float(held.get("loss", 0.0)))
-        place = (cell.row, cell.column)
-        if place not in best or rank > best[place][0]:
-            best[place] = (rank, cell.tuned)
-    return {place: tuned for place, (_, tuned) in best.items()}
+        candidates.setdefault((cell.row, cell.column), []).append((cell, held))
+    return {place: _best(sweep, place[1], ran) for place, ran in candidates.items()}
+
+
+def _best(sweep: Sweep, column: str, ran: Sequence[tuple[Cell, dict[str, Any]]]) -> tuple[tuple[str, Any], ...]:
+    name = sweep_table.score_name(sweep, column, (held for _, held in ran))
+    ranks = [(sweep_table.goodness(name, held[name]), sweep_table.goodness("loss", held.get("loss", 0.0))) for _, held in ran]
+    return ran[ranks.index(max(ranks))][0].tuned
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from . import plots
-from .sweep_config import LOWER_IS_BETTER, Cell, Sweep
-from .sweep_table import score_of
+from .sweep_config import Cell, Sweep
+from .sweep_table import heading, scaled, score_name
 
 Found = Sequence[tuple[Cell, Mapping[str, Any]]]
 Point = tuple[float, float, float]  # x, mean over seeds, sd
-Curves = dict[str, dict[str, list[Point]]]  # column -> line -> points
+Curves = dict[str, dict[str, list[Point]]]  # heading of a column -> line -> points
 DENSITY, RATE = "density_curves.png", "learning_rate_curves.png"
 RATE_KEY = "train.learning_rate"
 
@@ -42,7 +42,7 @@ def density_curves(sweep: Sweep, found: Found) -> Curves:
         total = result.get("total_parameters")
         return 100.0 * result["trainable_parameters"] / total if total else None
 
-    return _curves(sweep, found, line, share, lambda column, result: score_of(result["adapted"], sweep.score(column)))
+    return _curves(sweep, found, line, share, lambda result: result["adapted"])
 
 
 def rate_curves(sweep: Sweep, found: Found) -> Curves:
@@ -54,11 +54,11 @@ def rate_curves(sweep: Sweep, found: Found) -> Curves:
         given = budget.density or budget.k or budget.like_lora_r
         return name_of(cell) + (f", {given:g}" if several and given else "")
 
-    def score(column: str, result: Mapping[str, Any]) -> float:
-        held = result["adapted"].get("validation") or result["adapted"]
-        return score_of(held, sweep.score(column))
+    def held(result: Mapping[str, Any]) -> Mapping[str, Any]:
+        figures: Mapping[str, Any] = result["adapted"]
+        return figures.get("validation") or figures
 
-    return _curves(sweep, found, line, lambda cell, _: rate_of(cell), score)
+    return _curves(sweep, found, line, lambda cell, _: rate_of(cell), held)
 
 
 def name_of(cell: Cell) -> str:
@@ -74,20 +74,20 @@ def rate_of(cell: Cell) -> float:
 
 def _curves(
     sweep: Sweep, found: Found, line: Callable[[Cell], str], x_of: Callable[[Cell, Mapping[str, Any]], float | None],
-    y_of: Callable[[str, Mapping[str, Any]], float],
+    figures_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> Curves:  # fmt: skip
     """Columns in which some line has two points or more; the others of such a column are drawn as points."""
-    values: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for cell, result in found:
-        x = x_of(cell, result)
-        if x is not None:
-            scale = 1.0 if sweep.score(cell.column) in LOWER_IS_BETTER else 100.0
-            points = values.setdefault(cell.column, {}).setdefault(line(cell), {})
-            points.setdefault(x, []).append(scale * y_of(cell.column, result))
     made: Curves = {}
-    for column, lines in values.items():
+    for column in dict.fromkeys(cell.column for cell, _ in found):
+        mine = [(cell, result) for cell, result in found if cell.column == column]
+        name = score_name(sweep, column, (figures_of(result) for _, result in mine))
+        lines: dict[str, dict[float, list[float]]] = {}
+        for cell, result in mine:
+            x = x_of(cell, result)
+            if x is not None:
+                lines.setdefault(line(cell), {}).setdefault(x, []).append(scaled(name, figures_of(result)[name]))
         if any(len(points) > 1 for points in lines.values()):
-            made[column] = {name: list(_points(points.items())) for name, points in lines.items()}
+            made[heading(column, {column: name})] = {title: list(_points(points.items())) for title, points in lines.items()}
     return made
 
 

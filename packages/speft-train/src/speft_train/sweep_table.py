@@ -8,10 +8,11 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
 from . import plots
@@ -30,19 +31,45 @@ class Entry:
     count: int
 
 
-def score_of(figures: Mapping[str, Any], name: str | None) -> float:
-    """The figure that a column shows."""
-    chosen = name or next(score for score in SCORES if score in figures)
-    return float(figures[chosen])
+def score_name(sweep: Sweep, column: str, figures: Iterable[Mapping[str, Any] | None]) -> str:
+    """The figure by which these runs of a column are compared: the one that is set, else the first of SCORES that all have.
+    Scale and direction follow from it. UserError where a run lacks it.
+    """
+    runs, wanted = [found or {} for found in figures], sweep.score(column)
+    for name in (wanted,) if wanted else SCORES:
+        if all(name in found for found in runs):
+            return name
+    had = sorted({name for found in runs for name in SCORES if name in found})
+    raise UserError(
+        f"sweep.columns.{column}.score must be a figure that each of its runs has; {wanted or 'it is not set'}, and they have"
+        f" {', '.join(had) + ', not each of them all' if had else 'none'}"
+    )
+
+
+def scaled(name: str, value: float) -> float:
+    """As it is printed: percent of a share, a loss as it is."""
+    return float(value) if name in LOWER_IS_BETTER else 100.0 * value
+
+
+def goodness(name: str, value: float) -> float:
+    """More is better; a loss that is no number is worse than any."""
+    if math.isnan(value):
+        return -math.inf
+    return -value if name in LOWER_IS_BETTER else float(value)
+
+
+def score_names(sweep: Sweep, found: Found) -> dict[str, str]:
+    """Column -> the figure that it shows, of those in which something has run."""
+    of = {column: [result["adapted"] for cell, result in found if cell.column == column] for column in sweep.columns}
+    return {column: score_name(sweep, column, figures) for column, figures in of.items() if figures}
 
 
 def entries(sweep: Sweep, found: Found) -> dict[tuple[str, str], Entry]:
     """(row, column) -> its entry, of what has run."""
-    scores: dict[tuple[str, str], list[float]] = {}
+    names, scores = score_names(sweep, found), dict[tuple[str, str], list[float]]()
     for cell, result in found:
-        name = sweep.score(cell.column)
-        scale = 1.0 if name in LOWER_IS_BETTER else 100.0
-        scores.setdefault((cell.row, cell.column), []).append(scale * score_of(result["adapted"], name))
+        name = names[cell.column]
+        scores.setdefault((cell.row, cell.column), []).append(scaled(name, result["adapted"][name]))
     return {
         place: Entry(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
         for place, values in scores.items()
@@ -63,14 +90,13 @@ def averages(sweep: Sweep, table: Mapping[tuple[str, str], Entry]) -> dict[str, 
     return made
 
 
-def winners(sweep: Sweep, table: Mapping[tuple[str, str], Entry]) -> dict[str, str]:
+def winners(sweep: Sweep, table: Mapping[tuple[str, str], Entry], names: Mapping[str, str]) -> dict[str, str]:
     """Column -> the row with the best mean."""
     made = {}
     for column in sweep.columns:
         rows = [row for row in sweep.rows if (row, column) in table]
         if rows:
-            sign = -1.0 if sweep.score(column) in LOWER_IS_BETTER else 1.0
-            made[column] = max(rows, key=lambda row: sign * table[row, column].mean)
+            made[column] = max(rows, key=lambda row: goodness(names[column], table[row, column].mean))
     return made
 
 
@@ -80,31 +106,41 @@ def write(sweep: Sweep, found: Found) -> None:
     atomic_write(sweep.folder / MARKDOWN, markdown(sweep, found))
     atomic_write(sweep.folder / LATEX, latex(sweep, found))
     atomic_write(sweep.folder / CSV, long_csv(sweep, found))
-    table = entries(sweep, found)
+    table, names = entries(sweep, found), score_names(sweep, found)
     if table:
-        means = {column: {r: table[r, column].mean for r in sweep.rows if (r, column) in table} for column in sweep.columns}
-        means = {column: scores for column, scores in means.items() if scores}
-        spreads = {column: {r: table[r, column].sd or 0.0 for r in means[column]} for column in means}
+        rows = {column: [row for row in sweep.rows if (row, column) in table] for column in names}
+        means = {heading(c, names): {row: table[row, c].mean for row in rows[c]} for c in names}
+        spreads = {heading(c, names): {row: table[row, c].sd or 0.0 for row in rows[c]} for c in names}
         plots.score_bars(sweep.folder / PLOT, means, spreads)
 
 
+def heading(column: str, names: Mapping[str, str]) -> str:
+    """A column's name, and that less is better in it."""
+    name = names.get(column)
+    return f"{column} ({name})" if name in LOWER_IS_BETTER else column
+
+
 def grid(sweep: Sweep, found: Found) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """(headings, rows of (text, whether it is the best))."""
-    table, best = entries(sweep, found), winners(sweep, entries(sweep, found))
-    means = averages(sweep, table)
+    """(headings, rows of (text, whether it is the best)). A share and a loss have no mean: neither scale nor direction fits."""
+    names, table = score_names(sweep, found), entries(sweep, found)
+    best, means = winners(sweep, table, names), averages(sweep, table)
     several = len(sweep.columns) > 1
-    top = max(means, key=lambda row: means[row].mean) if means else None
+    averaged = several and len({name in LOWER_IS_BETTER for name in names.values()}) <= 1
+    top = max(means, key=lambda row: goodness(next(iter(names.values())), means[row].mean)) if means else None
     counts = dict.fromkeys(sweep.rows, 0)
     for row in best.values():
         counts[row] += 1
     trained = {cell.row: result["trainable_parameters"] for cell, result in found}
-    headings = ["", "trained", *sweep.columns, *(["mean", "wins"] if several else [])]
+    headings = ["", "trained", *(heading(column, names) for column in sweep.columns)]
+    headings += [*(["mean"] if averaged else []), *(["wins"] if several else [])]
     rows = []
     for row in sweep.rows:
         line = [(row, False), (f"{trained[row]:,}" if row in trained else "-", False)]
         line += [(_text(table.get((row, column))), best.get(column) == row) for column in sweep.columns]
+        if averaged:
+            line.append((_text(means.get(row)), row == top))
         if several:
-            line += [(_text(means.get(row)), row == top), (str(counts[row]), False)]
+            line.append((str(counts[row]), False))
         rows.append(line)
     return headings, rows
 
@@ -114,7 +150,8 @@ def markdown(sweep: Sweep, found: Found) -> str:
     headings, rows = grid(sweep, found)
     lines = [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
     lines += [f"| {' | '.join(f'**{text}**' if best else text for text, best in row)} |" for row in rows]
-    shown = ", ".join(f"{column}: {sweep.score(column)}" for column in sweep.columns if sweep.score(column))
+    lower = dict.fromkeys(LOWER_IS_BETTER, " (lower is better)")
+    shown = ", ".join(f"{column}: {name}{lower.get(name, '')}" for column, name in score_names(sweep, found).items())
     return "\n".join(lines) + f"\n\nMean ± sd over seeds {', '.join(map(str, sweep.seeds))}{'; ' + shown if shown else ''}.\n"
 
 
