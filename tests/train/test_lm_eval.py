@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,51 @@ def test_names_of_columns() -> None:
     assert subjects._names(["runs/a", "runs/b/adapter"]) == ["a", "b"]
     assert subjects._names(["x/run", "y/run"]) == ["x/run", "y/run"]
     assert os.environ.get(rows.ALLOW) != "1"
+
+
+def test_one_model_is_in_memory_at_a_time(data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from speft_train import models
+
+    load, seen, alive = models.load_model, list[weakref.ref[Any]](), list[int]()
+
+    def watched(*given: Any, **named: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in seen))
+        made = load(*given, **named)
+        seen.append(weakref.ref(made[0]))
+        return made
+
+    monkeypatch.setattr(models, "load_model", watched)
+    settings = run.Settings(tasks=["gsm8k"], num_fewshot=0, limit=1, data=data)
+    run.evaluate([str(trained / "run/adapter"), str(trained / "exported"), str(trained / "model")], settings, Console(quiet=True))
+    assert alive == [0, 0, 0] and all(ref() is None for ref in seen)
+
+
+def test_a_run_called_base_does_not_take_the_bases_column(data: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "runs/base")
+    settings = run.Settings(tasks=["gsm8k"], num_fewshot=0, limit=1, data=data, output=tmp_path / "out")
+    found = run.evaluate([str(tmp_path / "runs/base")], settings, Console(quiet=True))["columns"]
+    assert list(found) == ["base", "runs/base"]
+    files = {file.name: file.read_text() for file in (tmp_path / "out").glob("samples-*.jsonl")}
+    assert set(files) == {"samples-base-gsm8k.jsonl", "samples-runs_base-gsm8k.jsonl"} and len(set(files.values())) == 2
+
+
+def test_names_of_columns_are_not_the_bases() -> None:
+    assert subjects._names(["runs/base"]) == ["runs/base"] and subjects._names(["runs/base", "runs/b"]) == ["runs/base", "runs/b"]
+    assert subjects._names(["base"]) == ["./base"], "a folder here, or a model of the Hub"
+    assert subjects._names(["base", "x/base"]) == ["./base", "x/base"]
+    assert run._slugs(["base", "a/b", "a_b"]) == {"base": "base", "a/b": "a_b", "a_b": "a_b_2"}
+
+
+def test_examples_of_groups_within_groups_are_counted() -> None:
+    """As lm-eval has MMLU: mmlu has mmlu_stem, which has subjects; a task in two groups counts once."""
+    tasks = {"algebra": 3, "physics": 4, "law": 5}
+    groups = {"mmlu": ["stem", "science", "other"], "stem": ["algebra", "physics"], "science": ["physics"], "other": ["law"], "none": []}
+    result = {
+        "results": {name: {"acc,none": 0.5, "sample_len": 1} for name in (*tasks, *groups)},
+        "groups": {name: {"acc,none": 0.5} for name in groups},
+        "group_subtasks": groups,
+        "n-samples": {task: {"original": 9, "effective": count} for task, count in tasks.items()},
+    }
+    found = run._figures(result)
+    assert {name: found[name]["n"] for name in groups if name != "none"} == {"mmlu": 12, "stem": 7, "science": 4, "other": 5}
+    assert [task for task, *_ in run.cells({"base": found})] == ["mmlu", "none"]

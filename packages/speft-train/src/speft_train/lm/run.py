@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -65,10 +66,11 @@ def evaluate(paths: list[str], settings: Settings, console: Console | None = Non
             "columns": found, "tasks": list(settings.tasks), "num_fewshot": settings.num_fewshot, "limit": settings.limit,
             "seed": settings.seed, "versions": _versions(),
         }  # fmt: skip
+        files = _slugs([column.name for column in columns])
         for column, result in _columns(columns, names, manager, settings, console):
             found[column] = _figures(result)
             if output is not None:  # it may have taken hours: it stays when a later column fails
-                _write(output, made, column, result.get("samples") or {})
+                _write(output, made, files[column], result.get("samples") or {})
     console.print(_table(found))
     if any(rows.GENERATED in key for tasks in found.values() for figures in tasks.values() for key in figures):
         console.print("Generated code was not run; --execute-code runs it, which gives pass@1.", highlight=False)
@@ -77,11 +79,11 @@ def evaluate(paths: list[str], settings: Settings, console: Console | None = Non
     return made
 
 
-def _write(output: Path, made: Mapping[str, Any], column: str, samples: Mapping[str, Any]) -> None:
+def _write(output: Path, made: Mapping[str, Any], slug: str, samples: Mapping[str, Any]) -> None:
     """The figures so far, and the answers of a column."""
     for task, answers in samples.items():
         lines = "".join(json.dumps(_sample(a), default=str) + "\n" for a in answers)
-        atomic_write(output / f"samples-{_slug(column)}-{task}.jsonl", lines)
+        atomic_write(output / f"samples-{slug}-{task}.jsonl", lines)
     atomic_write(output / RESULTS, json.dumps(made, indent=1) + "\n")
     atomic_write(output / TABLE, markdown(made["columns"]))
 
@@ -97,13 +99,27 @@ def _columns(
     for column in columns:
         if held != column.cfg.model:
             loaded = None  # one model in memory at a time
+            _free()
             loaded, held = models.load_model(column.cfg), column.cfg.model
             _to_accelerator(loaded[0])
         assert loaded is not None
         console.print(f"[bold]{column.name}[/bold]: {column.adapter or column.cfg.model.name}", highlight=False)
-        with applied(column, loaded[0]) as model:
-            result = _score(model, loaded[1], names, manager, settings)
-        yield column.name, result
+        yield column.name, _on_base(column, loaded, names, manager, settings)
+
+
+def _on_base(column: Subject, loaded: tuple[Any, Any], names: list[str], manager: Any, settings: Settings) -> Any:
+    """A function of its own, for no name may refer to the model while the next one is loaded."""
+    with applied(column, loaded[0]) as model:
+        return _score(model, loaded[1], names, manager, settings)
+
+
+def _free() -> None:
+    """Memory of what nothing refers to any more: lm-eval's wrapper and the model refer to each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _score(model: Any, tokenizer: Any, names: list[str], manager: Any, settings: Settings) -> Any:
@@ -136,10 +152,16 @@ def _figures(result: Mapping[str, Any]) -> Figures:
     groups = result.get("group_subtasks") or {}
     for group, members in groups.items():
         if members and group in made:
-            made[group]["n"] = sum(counts.get(member) or 0 for member in members)
+            made[group]["n"] = sum(counts.get(task) or 0 for task in _tasks_of(group, groups))
             for member in members:
-                made[member]["in"] = group
+                if member in made:  # a group without figures of its own has none
+                    made[member]["in"] = group
     return made
+
+
+def _tasks_of(name: str, groups: Mapping[str, Sequence[str]]) -> set[str]:
+    """The tasks of a group and of the groups in it, each once; of a task itself."""
+    return set().union(*(_tasks_of(member, groups) for member in groups[name])) if groups.get(name) else {name}
 
 
 def cells(found: Mapping[str, Figures]) -> list[tuple[str, str, Any, dict[str, str]]]:
@@ -222,5 +244,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in name)
+def _slugs(names: Sequence[str]) -> dict[str, str]:
+    """Column -> its part of files' names, no two alike."""
+    made: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = slug = "".join(c if c.isalnum() or c in "._+-" else "_" for c in name)
+        number = 1
+        while slug in made.values():
+            number += 1
+            slug = f"{plain}_{number}"
+        made[name] = slug
+    return made

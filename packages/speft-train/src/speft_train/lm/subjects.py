@@ -102,10 +102,15 @@ def _with(cfg: RunConfig, model: str | None, dtype: str | None) -> RunConfig:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """The last part of each path that tells it apart; `adapter` says nothing."""
+    """The last part of each path that tells it apart, also from the base's column; `adapter` says nothing."""
     parts = [[part for part in Path(path).parts if part != "adapter"] or [path] for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(map(_is_bases, names)):
             return names
-    return paths
+    return [f"./{path}" if _is_bases(path) else path for path in paths]
+
+
+def _is_bases(name: str) -> bool:
+    """Whether `bases` may give a column this name."""
+    return name == BASE or name.startswith(f"{BASE} ")
