@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from speft_core.errors import UserError
 from speft_train import sweep, sweep_curves, sweep_table
 from speft_train.config import from_mapping
 from speft_train.sweep_config import Cell, Sweep
@@ -103,3 +104,16 @@ def test_a_column_shows_one_figure_that_all_its_runs_have() -> None:
 def test_nothing_is_marked_where_nothing_has_run() -> None:
     made = table({"A": None, "B": "loss"})
     assert best(made, []) == set() and "| a | - | - | - | - | 0 |" in sweep_table.markdown(made, [])
+
+
+@pytest.mark.parametrize(
+    ("score", "figures", "words"),
+    [
+        ("accuracy", {"loss": 1.0}, "sweep.columns.A.score must be .*; got accuracy, and their figures are loss$"),
+        (None, None, "got none, and their figures are none"),
+    ],
+)
+def test_runs_without_a_figure_in_common_are_told(score: str | None, figures: Any, words: str) -> None:
+    made = table({"A": score})
+    with pytest.raises(UserError, match=words):
+        sweep_table.markdown(made, finished(made, {("a", "A"): figures}))

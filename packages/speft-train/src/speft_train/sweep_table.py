@@ -41,8 +41,8 @@ def score_name(sweep: Sweep, column: str, figures: Iterable[Mapping[str, Any] | 
             return name
     had = sorted({name for found in runs for name in SCORES if name in found})
     raise UserError(
-        f"sweep.columns.{column}.score must be a figure that each of its runs has; {wanted or 'it is not set'}, and they have"
-        f" {', '.join(had) + ', not each of them all' if had else 'none'}"
+        f"sweep.columns.{column}.score must be a figure that all of its runs have; got {wanted or 'none'}, and their figures are"
+        f" {', '.join(had) or 'none (evaluate.enabled=false?)'}"
     )
 
 
