@@ -110,6 +110,7 @@ def diff(
     cells = []
     for r in rows:
         kept = "" if r.kept is None else f"{r.kept[0]:,}/{r.kept[1]:,}/{r.overlap:,}"
+        kept = kept if r.only is None else f"in {r.only} alone"
         rank_text = "" if r.rank is None else r.rank
         cells.append(
             [r.name, f"{r.changed:,}", f"{100 * r.density:.4g} %", f"{r.norm:.4g}", f"{r.largest:.4g}", rank_text, kept]
@@ -135,6 +136,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert adapters of others, to and from; or the difference of two checkpoints."""
+    from .added import keep_config
     from .convert import convert as run_convert
     from .diff import adapter_between
     from .sources import base_folder
@@ -150,6 +152,8 @@ def convert(
         made = adapter_between(base_folder(against) or against, source, top_k, base_model)
         with atomic_folder(out) as beside:  # nothing of an adapter that is replaced stays behind
             made.save(beside)
+            if made.dense:
+                keep_config(source, beside)
         kind = "checkpoint"
     else:
         kind = run_convert(source, out, to, base_folder(base) or base if base else None, force)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from speft_core.gaps import index_dtype
 from speft_core.merge_files import AdapterFile
 from speft_core.writing import add_values
 
+from .added import LM_HEAD, added_heads, is_tied_copy, task_type
 from .checkpoint import Checkpoint
 
 RANK_LIMIT = 8192  # the longer side of a matrix whose rank we are ready to compute
@@ -27,7 +28,10 @@ RANK_LIMIT = 8192  # the longer side of a matrix whose rank we are ready to comp
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. changed: entries that differ. For adapters also how many each keeps and how many both keep."""
+    """One tensor. changed: entries that differ. For adapters also how many each keeps and how many both keep.
+
+    only: "a" or "b", the checkpoint that alone has the tensor; all its entries count as changed, and the figures are its own.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,6 +42,7 @@ class Row:
     rank: int | None = None
     kept: tuple[int, int] | None = None
     overlap: int | None = None
+    only: str | None = None
 
     def record(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v is not None}
@@ -56,17 +61,29 @@ def _row(name: str, shape: tuple[int, ...], difference: torch.Tensor, rank: bool
 
 
 def diff_checkpoints(a: str | Path, b: str | Path, rank: bool = False) -> Iterator[Row]:
-    """b - a, tensor after tensor; UserError when they are not of one architecture."""
+    """b - a, tensor after tensor, then what only b has; UserError when they are not of one architecture."""
     first, second = Checkpoint(a), Checkpoint(b)
+    if not first.places.keys() & second.places.keys():
+        raise UserError(f"{next(iter(first.places))} is in {a} and not in {b}, as are all others; they are not of one architecture")
     for key, place in first.places.items():
-        if key not in second.places:
-            raise UserError(f"{key} is in {a} and not in {b}; they are not of one architecture")
-        if second.places[key].shape != place.shape:
+        if key in second.places and second.places[key].shape != place.shape:
             raise UserError(f"{key} has shape {place.shape} in {a} and {second.places[key].shape} in {b}")
         if not place.dtype.is_floating_point:
             continue
+        if key not in second.places:
+            yield _alone(first, key, "a", rank)
+            continue
         with first.tensor(key) as x, second.tensor(key) as y:
             yield _row(key, place.shape, y.float() - x.float(), rank)
+    for key, place in second.places.items():
+        if key not in first.places and place.dtype.is_floating_point:
+            yield _alone(second, key, "b", rank)
+
+
+def _alone(checkpoint: Checkpoint, key: str, side: str, rank: bool) -> Row:
+    with checkpoint.tensor(key) as tensor:
+        row = _row(key, tuple(tensor.shape), tensor.float(), rank, only=side)
+    return replace(row, changed=tensor.numel(), density=1.0)
 
 
 def diff_adapters(a: str | Path, b: str | Path, rank: bool = False) -> Iterator[Row]:
@@ -102,6 +119,7 @@ def _exact(base: torch.Tensor, target: torch.Tensor) -> SparseDelta:
 def adapter_between(a: str | Path, b: str | Path, top_k: int | None = None, base_model: str | None = None) -> SparseAdapter:
     """The adapter that takes checkpoint `a` to checkpoint `b`: exactly, or only the `top_k` largest changes of all.
 
+    A classifier's head that `a` has not comes along whole, whatever `top_k` is; other tensors that `b` alone has are refused.
     Tensors are read one after the other; what is kept in memory is the adapter.
     """
     first, second = Checkpoint(a), Checkpoint(b)
@@ -110,12 +128,17 @@ def adapter_between(a: str | Path, b: str | Path, top_k: int | None = None, base
         raise UserError(f"{missing[0]} is in {a} and not in {b}; they are not of one architecture")
     if top_k is not None and top_k < 1:
         raise UserError(f"--top-k must be at least 1, got {top_k}")
+    dense = added_heads(first, second)
     deltas: dict[str, SparseDelta] = {}
     smallest = torch.empty(0)  # the top_k largest magnitudes so far
     for key, place in first.places.items():
         if second.places[key].shape != place.shape:
             raise UserError(f"{key} has shape {place.shape} in {a} and {second.places[key].shape} in {b}")
         if not place.dtype.is_floating_point:
+            continue
+        if key.endswith(LM_HEAD) and len(first.keys_of(key)) > 1:  # one parameter stored twice, and changed once
+            if not is_tied_copy(key, second):
+                raise UserError(f"{key} is not the embeddings in {b}: {a} ties it to them, and an adapter cannot untie them")
             continue
         with first.tensor(key) as x, second.tensor(key) as y:
             delta = _exact(x, y)
@@ -138,10 +161,14 @@ def adapter_between(a: str | Path, b: str | Path, top_k: int | None = None, base
             prints[key] = fingerprint(x, delta.indices_K)
     extra = {"difference_of": [Path(a).name, Path(b).name]}
     budget = {} if top_k is None else {"k": top_k}
-    name = base_model or str(Path(a).resolve())
-    return SparseAdapter(
-        deltas, {}, AdapterConfig(base_model_name_or_path=name, metric="difference", budget=budget, extra=extra), prints
+    config = AdapterConfig(
+        base_model_name_or_path=base_model or str(Path(a).resolve()),
+        task_type=task_type(second) if dense else None,
+        metric="difference",
+        budget=budget,
+        extra=extra,
     )
+    return SparseAdapter(deltas, dense, config, prints)
 
 
 def _at_least(delta: SparseDelta, smallest: torch.Tensor, top_k: int) -> SparseDelta:
