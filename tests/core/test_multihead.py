@@ -169,6 +169,21 @@ def test_saved_and_loaded_as_a_unit(tmp_path: Path) -> None:
     assert SparseAdapter.load(tmp_path / "unit").nnz == merge([a, b]).nnz
 
 
+def test_what_outputs_mean_is_kept_and_must_fit(tmp_path: Path) -> None:
+    model = classifier()
+    heads = {"a": {"score.weight": torch.randn(2, 16)}, "b": {"score.weight": torch.randn(1, 16)}}
+    labels = {"a": {"id2label": {"0": "no", "1": "yes"}, "problem_type": "multi_label_classification"}}
+    with MultiHeadModel(model, None, heads, labels=labels) as many:
+        many.save(tmp_path / "x")
+    with MultiHeadModel.load(tmp_path / "x", model) as many:
+        assert many.labels == labels | {"b": {}}
+        many.save(tmp_path / "y")
+    assert (tmp_path / "x/heads.json").read_bytes() == (tmp_path / "y/heads.json").read_bytes()
+    for wrong, message in (({"id2label": {"0": "no"}}, "id2label must name each"), ({"problem_type": "x"}, "must be one of regr")):
+        with pytest.raises(UserError, match=f"head 'a': .*{message}"):
+            MultiHeadModel(model, None, heads, labels={"a": wrong})
+
+
 @pytest.mark.parametrize(
     "text",
     [

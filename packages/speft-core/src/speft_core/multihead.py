@@ -19,9 +19,9 @@ from torch.func import functional_call
 
 from .adapter import Applied, SparseAdapter
 from .errors import UserError
-from .multihead_files import KINDS, Head, check_task, load_heads, save_heads
+from .multihead_files import KINDS, Head, Labels, check_labels, check_task, load_heads, load_labels, save_heads
 
-__all__ = ["HeadOutput", "MultiHeadModel", "load_heads", "save_heads"]
+__all__ = ["HeadOutput", "MultiHeadModel", "load_heads", "load_labels", "save_heads"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class MultiHeadModel:
     does not have (`score.weight` on a causal model, `lm_head.weight` on a classifier) is put on the last hidden state: at
     the last token of each row for `score.weight`, at every token for `lm_head.weight`.
     kinds: task -> "classification", "regression" or "causal", where the default (by shape and name) is not right.
+    labels: task -> {"id2label": {"0": name, …}, "problem_type": …} as in Transformers' configurations; kept by `save`, no answer uses it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class MultiHeadModel:
         heads: Mapping[str, Head],
         kinds: Mapping[str, str] | None = None,
         check_base: bool = True,
+        labels: Mapping[str, Labels] | None = None,
     ) -> None:
         if not heads:
             raise UserError("heads must name at least one task, got none")
@@ -82,6 +84,7 @@ class MultiHeadModel:
             task: {name: t.to(device=reference.device, dtype=reference.dtype) for name, t in head.items()}
             for task, head in heads.items()
         }
+        self.labels = {task: check_labels(task, (labels or {}).get(task, {}), head) for task, head in self.heads.items()}
         self._native, self._foreign, self._path = self._sort_heads()
         self.kinds = {task: self._kind(task, (kinds or {}).get(task)) for task in heads}
         self._applied: Applied | None = None
@@ -240,13 +243,13 @@ class MultiHeadModel:
         """Write body and heads as one folder, which is also an ordinary adapter (without heads)."""
         adapter = self.adapter or SparseAdapter({})
         SparseAdapter(adapter.deltas, {}, adapter.config, adapter.fingerprint).save(folder)
-        save_heads(folder, self.heads, self.kinds)
+        save_heads(folder, self.heads, self.kinds, self.labels)
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module, check_base: bool = True) -> MultiHeadModel:
         """Put the body and heads in `folder` onto `model`."""
         heads, kinds = load_heads(folder)
-        return cls(model, SparseAdapter.load(folder), heads, kinds, check_base)
+        return cls(model, SparseAdapter.load(folder), heads, kinds, check_base, load_labels(folder))
 
 
 def last_tokens(hidden_BTD: torch.Tensor, batch: Mapping[str, Any], pad_token_id: int | None) -> torch.Tensor:

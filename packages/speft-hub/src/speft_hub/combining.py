@@ -17,6 +17,7 @@ from speft_core.files import atomic_folder
 from speft_core.merge_files import AdapterFile, merge_folders
 from speft_core.merge_report import Row
 from speft_core.multihead import save_heads
+from speft_core.multihead_files import check_labels
 
 from . import names
 from .addresses import is_reference, parse
@@ -94,12 +95,14 @@ def multihead(
         )
     with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
         merge_folders(folders, beside, dtype=kind, names=called, keep_dense=False, replace=True, **options)
-        heads, kinds = {}, {}
+        heads, kinds, labels = {}, {}, {}
         with ExitStack() as stack:
             for task, folder in zip(tasks, folders, strict=True):
                 source = AdapterFile(folder, stack)
                 heads[task], kinds[task] = source.dense, _kind(source)
-        save_heads(beside, heads, kinds)
+                if kinds[task] != "causal":
+                    labels[task] = _labels(task, _config(folder), source.dense)
+        save_heads(beside, heads, kinds, labels)
         _take_config(folders, beside)
         check_folder(beside)
         write_card(beside, out.name)
@@ -114,16 +117,38 @@ def _kind(source: AdapterFile) -> str:
     return "regression" if last.shape[0] == 1 else "classification"
 
 
+def _labels(task: str, config: dict[str, Any], head: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a head's outputs mean, by the config.json beside its adapter; nothing where that speaks of another head."""
+    sizes = {tensor.shape[0] for tensor in head.values() if tensor.dim()}
+    if "id2label" not in config and 2 not in sizes:  # Transformers leaves out what it takes as given: two classes
+        return {}
+    try:
+        return check_labels(task, config, head)
+    except UserError:
+        return {}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The model's config.json of an adapter's folder; empty where there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not readable JSON")
+    return config
+
+
 def _take_config(folders: Sequence[Path], beside: Path) -> None:
     """The model's config.json of the first source that has one, when all that have one are of one kind of model."""
     found = []
     for folder in folders:
         if (folder / "config.json").is_file():
-            try:
-                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                found.append((config.get("model_type"), tuple(config.get("architectures") or ()), folder))
-            except (ValueError, AttributeError, RecursionError):
-                raise UserError(f"{folder / 'config.json'} is not readable JSON") from None
+            config = _config(folder)
+            found.append((config.get("model_type"), str(config.get("architectures")), folder))
     if found and len({f[:2] for f in found}) == 1:
         shutil.copyfile(found[0][2] / "config.json", beside / "config.json")
 

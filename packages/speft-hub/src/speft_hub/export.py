@@ -29,6 +29,8 @@ from .pulling import Progress, _fetch, check_folder
 from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
 
 HEADS_FILE = "model-heads.safetensors"
+NOT_TAKEN = ("dtype", "torch_dtype", "transformers_version", "quantization_config")  # of the adapted model's configuration
+LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
 
 
 def export(
@@ -49,10 +51,11 @@ def export(
     folder, out = Path(adapter), Path(out)
     loaded = check_folder(folder)
     heads: dict[str, dict[str, torch.Tensor]] = {}
+    labels: dict[str, dict[str, Any]] = {}
     if head is not None or (folder / HEADS).is_file():
-        from speft_core.multihead import load_heads
+        from speft_core.multihead import load_heads, load_labels
 
-        heads, _ = load_heads(folder)
+        heads, labels = load_heads(folder)[0], load_labels(folder)
     if head is None and any(heads.values()):
         raise UserError(f"{folder} has several heads and a checkpoint has one; choose with --head {' or '.join(heads)}")
     if head is not None:
@@ -72,7 +75,7 @@ def export(
             if progress:
                 progress("writing", i + 1, len(loaded.deltas))
         _place_heads(checkpoint, loaded.dense, beside)
-        _write_config(folder, loaded, checkpoint.config, beside)
+        _write_config(folder, loaded, checkpoint.config, beside, None if head is None else labels[head])
         (beside / "README.md").write_text(_card(loaded, chosen, out.name), encoding="utf-8")
     return out
 
@@ -134,25 +137,32 @@ def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside:
     write_index(beside, files | {HEADS_FILE: list(new)})
 
 
-def _write_config(folder: Path, adapter: SparseAdapter, base: dict[str, Any], beside: Path) -> None:
-    """`config.json`: the adapted model's where the adapter brings one, otherwise the base's, made a classifier's if need be."""
+def _write_config(
+    folder: Path, adapter: SparseAdapter, base: dict[str, Any], beside: Path, labels: dict[str, Any] | None
+) -> None:
+    """`config.json`: the adapted model's where the adapter brings one, otherwise the base's, made a classifier's if need be.
+
+    labels: what the outputs of a multi-head folder's head mean; None for an adapter that has one head.
+    """
     config = dict(base)
     if (folder / "config.json").is_file():
         own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if own.get("model_type") == base.get("model_type"):
-            kept = {
-                k: v for k, v in own.items() if k not in ("dtype", "torch_dtype", "transformers_version", "quantization_config")
-            }
-            config = base | kept
+            left = NOT_TAKEN if labels is None else NOT_TAKEN + LABEL_KEYS  # those of a multi-head folder are one head's
+            config = base | {k: v for k, v in own.items() if k not in left}
     head = next(
         (t for n, t in adapter.dense.items() if n in ("score.weight", "classifier.weight", "classifier.out_proj.weight")), None
     )
     architectures = config.get("architectures") or []
     if head is not None and not any("SequenceClassification" in str(a) for a in architectures):
         config["architectures"] = [_classifier(str(a)) for a in architectures]
-    if head is not None and len(config.get("id2label") or {0: "", 1: ""}) != head.shape[0]:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(head.shape[0])}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(head.shape[0])}
+    if head is not None and (labels is not None or len(config.get("id2label") or {0: "", 1: ""}) != head.shape[0]):
+        for key in LABEL_KEYS:
+            config.pop(key, None)
+        names = (labels or {}).get("id2label") or {str(i): f"LABEL_{i}" for i in range(head.shape[0])}
+        config["id2label"], config["label2id"] = names, {name: int(place) for place, name in names.items()}
+        if (labels or {}).get("problem_type"):
+            config["problem_type"] = (labels or {})["problem_type"]
     for private in ("_name_or_path", "name_or_path"):
         config.pop(private, None)
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
