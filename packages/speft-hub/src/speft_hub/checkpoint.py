@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from speft_core import UserError
 
 HEADER_LIMIT = 100 << 20
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -82,21 +83,36 @@ def places(file: Path) -> dict[str, Place]:
     return found
 
 
+def weight_files(present: Iterable[str], index: bytes | None, where: str) -> list[str]:
+    """Which of the .safetensors files at `where` are the checkpoint, as Transformers sees it.
+
+    Those that the index lists; without an index `model.safetensors` alone, beside which others (Mistral's `consolidated`, say) are
+    copies in another layout; without either, all. UserError for an index that cannot be read or lists what is not present.
+    """
+    files = sorted(present)
+    if index is None:
+        return [SINGLE] if SINGLE in files else files
+    try:
+        listed = set(json.loads(index)["weight_map"].values())
+        readable = all(isinstance(name, str) for name in listed)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        readable = False
+    if not readable:
+        raise UserError(f"{where}/{INDEX} is no readable index")
+    if missing := listed - set(files):
+        raise UserError(f"{where}: {sorted(missing)[0]} is listed in the index and missing")
+    return [f for f in files if f in listed]
+
+
 class Checkpoint:
     """All tensors of a folder, by name, without reading any."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        files = sorted(self.folder.glob("*.safetensors"))
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"{index} is no readable index") from None
-            files = [f for f in files if f.name in listed]
-            if missing := listed - {f.name for f in files}:
-                raise UserError(f"{self.folder}: {sorted(map(str, missing))[0]} is listed in the index and missing")
+        index = self.folder / INDEX
+        present = sorted(f.name for f in self.folder.glob("*.safetensors"))
+        content = index.read_bytes() if index.is_file() else None
+        files = [self.folder / name for name in weight_files(present, content, str(self.folder))]
         if not files:
             raise UserError(f"{self.folder} holds no .safetensors checkpoint; pickled weights are not read")
         self.files = files
@@ -166,4 +182,4 @@ def write_index(folder: Path, files: Mapping[str, list[str]]) -> None:
     total = sum(p.nbytes for file in files for p in places(folder / file).values())
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")

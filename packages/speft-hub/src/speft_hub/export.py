@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ from speft_core.writing import gather, write_sum
 
 from .addresses import public_base
 from .card import CardFields, plain
-from .checkpoint import Checkpoint, write_index
+from .checkpoint import SINGLE, Checkpoint, write_index
 from .names import HEADS, check_place
 from .pulling import Progress, _fetch, check_folder
 from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
 
-HEADS_FILE = "model-heads.safetensors"
 NOT_TAKEN = ("dtype", "torch_dtype", "transformers_version", "quantization_config")  # of the adapted model's configuration
 LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
 
@@ -127,14 +127,24 @@ def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside:
             new[name] = tensor.to(common).contiguous().clone()
     if not new:
         return
-    safetensors.torch.save_file(new, beside / HEADS_FILE, metadata={"format": "pt"})
     files: dict[str, list[str]] = {}
     for key, place in checkpoint.places.items():
         files.setdefault(place.file.name, []).append(key)
-    if list(files) == ["model.safetensors"]:  # Transformers would look no further than this name
-        (beside / "model.safetensors").rename(beside / "model-body.safetensors")
-        files = {"model-body.safetensors": files["model.safetensors"]}
-    write_index(beside, files | {HEADS_FILE: list(new)})
+    if SINGLE in files:  # Transformers would look no further than this name
+        body = _free_name("model-body", files)
+        (beside / SINGLE).rename(beside / body)
+        files[body] = files.pop(SINGLE)
+    heads = _free_name("model-heads", files)  # the base may be an export itself
+    safetensors.torch.save_file(new, beside / heads, metadata={"format": "pt"})
+    write_index(beside, files | {heads: list(new)})
+
+
+def _free_name(stem: str, taken: Collection[str]) -> str:
+    name, i = f"{stem}.safetensors", 1
+    while name in taken:
+        i += 1
+        name = f"{stem}-{i}.safetensors"
+    return name
 
 
 def _write_config(

@@ -13,7 +13,8 @@ from speft_core import UserError
 
 from . import names
 from .addresses import Reference, is_reference, parse
-from .pulling import Progress, pull
+from .checkpoint import HEADER_LIMIT, INDEX, weight_files
+from .pulling import Progress, fetch_small, pull
 from .registry import Entry, NotFound
 
 # The files of a plain Transformers checkpoint that an export takes along. No pickles, no code.
@@ -60,7 +61,7 @@ def base_folder(base: str) -> Path | None:
 
 
 def base_files(base: str, revision: str | None) -> tuple[Reference, dict[str, Entry]]:
-    """The files of a base model in a repository, pinned to a commit."""
+    """The files of a base model in a repository, pinned to a commit; of its weights those that belong to the checkpoint."""
     reference = parse(base)
     registry, repo = reference.registry, reference.repo
     try:
@@ -70,7 +71,12 @@ def base_files(base: str, revision: str | None) -> tuple[Reference, dict[str, En
     tree = {n: e for n, e in registry.tree(repo, sha).items() if CHECKPOINT_FILES.fullmatch(n)}
     if "config.json" not in tree or not any(n.endswith(".safetensors") for n in tree):
         raise UserError(f"base {base} must have config.json and .safetensors files; pickled weights are not read")
-    return Reference(registry, repo, sha), tree
+    pinned, index = Reference(registry, repo, sha), tree.get(INDEX)
+    if index is not None and index.size > HEADER_LIMIT:
+        raise UserError(f"base {base}: {INDEX} may have at most {HEADER_LIMIT:,} bytes, it has {index.size:,}")
+    weights = [n for n in tree if n.endswith(".safetensors")]
+    wanted = weight_files(weights, fetch_small(pinned, INDEX, index) if index else None, f"base {base}")
+    return pinned, {n: e for n, e in tree.items() if n not in weights or n in wanted}
 
 
 def base_name(adapter_base: str | None, told: str | None, folder: Path) -> str:
