@@ -258,5 +258,7 @@ def test_a_state_of_other_entries_of_the_same_sizes_is_refused() -> None:
     with pytest.raises(sc.UserError, match="same sizes, but other entries"):
         other.load_state_dict(one.state_dict())
     assert not any(v.any() for v in other.values.values())
+    averaged = {k: (v + v + v) / 3 for k, v in one.state_dict().items()}
+    sc.attach(net(), some_mask(net(), seed=0)).load_state_dict(averaged)
     older = {k: v for k, v in one.state_dict().items() if k != "mask"}
     sc.attach(net(), some_mask(net(), seed=0)).load_state_dict(older)

@@ -126,6 +126,53 @@ def test_a_forward_that_fails_leaves_every_parameter_in_its_place() -> None:
     assert all(isinstance(m.weight, nn.Parameter) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
 
 
+class Interrupt(BaseException):
+    pass
+
+
+def test_an_interrupted_forward_leaves_nothing_that_lasts() -> None:
+    def interrupt(*_: Any) -> None:
+        raise Interrupt
+
+    model, plain = Reader(WAYS["plainly"]), Reader(WAYS["plainly"])
+    before, mask = bits(model), some_mask(model)
+    tuner = sc.attach(model, mask)
+    for _ in range(2):
+        hook = model.blocks[1].called.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+        with pytest.raises(Interrupt):
+            model(IDS)
+        hook.remove()
+        tuner.sync()
+        plain.load_state_dict(model.state_dict())
+        check(tuner, model, oracle_gradients(plain, mask))
+        train(tuner, model, 1)
+    model.blocks[1].called.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+    with pytest.raises(Interrupt):
+        model(IDS)
+    tuner.detach()
+    assert same_bits(bits(model), before) and all(isinstance(m.weight, nn.Parameter) for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_a_module_that_is_never_used_is_given_up() -> None:
+    model = net()
+    model.idle = nn.Linear(12, 12)
+    tuner = sc.attach(model, some_mask(model))
+    train(tuner, model, 2)
+    assert hooks_of(model)
+    train(tuner, model, 8)
+    assert not hooks_of(model)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, of the layers' inputs
+def test_layers_compiled_one_by_one_count_as_called() -> None:
+    model = net()
+    tuner = sc.attach(model, some_mask(model))
+    for module in (model.embed, model.left, model.right, model.norm, model.out):
+        module.compile(backend="aot_eager")
+    train(tuner, model, 2)
+    assert not hooks_of(model)
+
+
 def test_a_deep_copy_goes_its_own_way() -> None:
     model = Reader(WAYS["plainly"])
     tuner = sc.attach(model, some_mask(model))
@@ -187,7 +234,8 @@ def test_mambas_mixer_reads_dt_proj_and_the_convolution(recomputed: bool) -> Non
     tuner = sc.attach(model, mask)
     check(tuner, model, expected, loss)
     check(tuner, model, expected, loss)
-    found = sc.saliency_scores(model, [{"input_ids": IDS, "labels": IDS}], "gradient", ["dt_proj", "conv1d"])
+    with torch.no_grad():  # a pass turns gradients on itself
+        found = sc.saliency_scores(model, [{"input_ids": IDS, "labels": IDS}], "gradient", ["dt_proj", "conv1d"])
     for name, score in found.items():
         mine = score.reshape(-1)[mask.indices[name].long()]
         torch.testing.assert_close(mine, expected[name].abs(), rtol=1e-4, atol=1e-7)

@@ -187,7 +187,7 @@ def test_exact_match_strict_and_flexible(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_exact_match_needs_rows_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="needs at least one test row"):
         exact_match(monkeypatch, [], [])
-    with pytest.raises(UserError, match="row 2 has none"):
+    with pytest.raises(UserError, match="'x' has none"):
         exact_match(monkeypatch, ["", ""], [{"question": "a", "answer": "1"}, {"question": "b", "answer": "x"}])
 
 

@@ -162,7 +162,7 @@ def test_a_mask_alone_needs_nothing_to_measure(tmp_path: Path, model: Path) -> N
             {"evaluate": {"generation": False}, "data": {"max_length": 44}},
             "every test example is longer than data.max_length (44)",
         ),
-        ({"data": {"test_rows": [{"question": "a", "answer": "none"}]}}, "exact match needs a number in every test answer"),
+        ({"data": {"test_rows": [{"question": "a", "answer": "none"}]}}, "'none' has none"),
         ({"train": {"global_batch_size": 64}}, "must fill one global batch of 64; got 20 examples"),
         (
             {"train": {"eval_strategy": "steps"}, "data": {"validation_rows": [{"question": "a" * 300, "answer": "1"}]}},

@@ -212,12 +212,12 @@ class Tuner:
         return state | {f"dense.{n}": p.detach() for n, p in self.dense.items()} | {"mask": self._mask_hash()}
 
     def _mask_hash(self) -> torch.Tensor:
-        """[8] bytes that tell which entries are trained."""
+        """[8] bytes that tell which entries are trained, as fp32 numbers: an average of states keeps them."""
         digest = hashlib.blake2b(digest_size=8)
         for name, slots in self._slots.items():
             digest.update(name.encode() + b"\0")
             digest.update(slots[0].indices_K.cpu().numpy().data)
-        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        return torch.tensor(list(digest.digest()), dtype=torch.float32)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -227,7 +227,7 @@ class Tuner:
         if set(own) != set(state) - {"mask"}:
             odd = sorted(set(own) ^ (set(state) - {"mask"}))[0]
             raise UserError(f"the saved values are of another mask: {odd!r} is in only one of the two")
-        if "mask" in state and not torch.equal(mask, state["mask"].cpu()):  # states of earlier versions have none
+        if "mask" in state and not torch.equal(mask, state["mask"].detach().cpu().float().round()):  # states of earlier versions have none
             raise UserError("the saved values are of another mask: it has the same sizes, but other entries")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .ops.functions import Tap
+from .ops.recipes import sharded
 from .partitioned import is_partitioned
 from .slots import AttachedForward, Slot, standing_in
 from .together import Together
@@ -29,13 +30,18 @@ from .together import Together
 FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
+#: Backwards after which a module that is neither called nor read is no longer waited for: a text model's vision tower, an idle expert.
+PATIENCE = 8
+
+
 class Outside:
     """The hooks on modules above those of `forwards`. A deep copy of the model has its own, so hooks are methods and not closures."""
 
     def __init__(self, model: nn.Module, forwards: Sequence[AttachedForward], together: Together) -> None:
-        self._together, self._backwards = together, together.backwards
+        self._together, self._backwards, self._patience = together, together.backwards, PATIENCE
         self._read: set[Slot] = set()  # by a module above
         self._served: set[AttachedForward] = set()  # whose taps are in place now
+        self._compiled: set[AttachedForward] = set()
         self._open: dict[int, list[tuple[nn.Module, ExitStack]]] = {}  # thread -> its forwards in progress
         self._hooks: list[Any] = []
         self._fused = {m for layer in model.modules() if isinstance(layer, FUSED) for m in layer.modules()}
@@ -51,7 +57,13 @@ class Outside:
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def remove(self) -> None:
-        """Take them off."""
+        """Take them off, and the taps of forwards that were interrupted, to whose end torch calls no hook."""
+        self._take_off()
+        for opened in self._open.values():
+            _close(opened)
+        self._open.clear()
+
+    def _take_off(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -60,7 +72,10 @@ class Outside:
         if torch.compiler.is_compiling():
             return
         opened = self._open.setdefault(threading.get_ident(), [])
+        if opened and opened[0][0] is module:
+            _close(opened)  # a forward that was interrupted
         if not opened and torch._C._current_graph_task_id() < 0:  # a forward begins, not one within a backward
+            self._see_compiled()
             self._decide()
         stack = ExitStack()
         if not torch.is_grad_enabled():
@@ -84,7 +99,14 @@ class Outside:
 
     def _whole(self, module: nn.Module) -> list[AttachedForward]:
         """Those below it that may be looked at: weights in shards are gathered for their own module alone."""
-        return [f for f in self._above.get(module, ()) if not any(is_partitioned(s.own) for s in f.slots)]
+        below = (f for f in self._above.get(module, ()) if f not in self._compiled)
+        return [f for f in below if not any(is_partitioned(s.own) or sharded(s.weight) for s in f.slots)]
+
+    def _see_compiled(self) -> None:
+        """Modules compiled by themselves, or within one that is, serve their own parameters: a tap would be a graph's input."""
+        compiled = [below for module, below in self._above.items() if _is_compiled(module)]
+        self._compiled = {f for below in compiled for f in below}
+        self._compiled |= {f for below in self._above.values() for f in below if _is_compiled(f.module)}
 
     def _tap(self, slot: Slot) -> torch.Tensor:
         slot.stale = True
@@ -100,15 +122,24 @@ class Outside:
         """Once a backward has come: leave to their modules the parameters that only these read."""
         if self._together.backwards == self._backwards:
             return
-        self._backwards = self._together.backwards
+        self._backwards, self._patience = self._together.backwards, self._patience - 1
         done = {
             f
             for below in self._above.values()
             for f in below
-            if f.called and f.module not in self._fused and self._read.isdisjoint(f.slots)
+            if (f.called or f in self._compiled or self._patience <= 0) and f.module not in self._fused and self._read.isdisjoint(f.slots)
         }
         if done:
-            self.remove()
+            self._take_off()
             left = {module: [f for f in below if f not in done] for module, below in self._above.items()}
             self._above = {module: below for module, below in left.items() if below}
             self.install()
+
+
+def _close(opened: list[tuple[nn.Module, ExitStack]]) -> None:
+    while opened:
+        opened.pop()[1].close()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"

@@ -59,7 +59,7 @@ class Slot:
         if self.is_fast:
             self._choose(indices_K.to(weight.device), weight)
         self.stale, self._seen, self._sum = True, (-1, -1), Sum()
-        self.number = enroll(self)
+        self.key = enroll(self)
         values_K = nn.Parameter(torch.zeros(indices_K.numel(), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
             values_K = nn.Parameter(values_K.data.double())
@@ -75,7 +75,7 @@ class Slot:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.number = enroll(self)  # a copy is another one to compiled graphs
+        self.key = enroll(self)  # a copy is another one to compiled graphs
 
     @property
     def plan(self) -> Plan | None:
@@ -172,7 +172,7 @@ class Slot:
         indices_K = indices_K.to(weight.device)
         if self.work is not None:
             self._choose(indices_K, weight)
-            self.number = enroll(self)  # compiled graphs hold the old layout's sizes
+            self.key = enroll(self)  # compiled graphs hold the old layout's sizes
         self.module._buffers[f"{self.attribute}_indices"] = indices_K
         self.module._buffers[f"{self.attribute}_base"] = gather(weight, indices_K)
         self.stale = True
@@ -246,7 +246,7 @@ class AttachedForward:
             if torch.is_autocast_enabled(x.device.type):
                 low = torch.get_autocast_dtype(x.device.type)
                 x, bias = x.to(low), None if bias is None else bias.to(low)  # the operator casts the weight, once written
-            return torch.ops.speft.linear(x, weight, bias, fast.values_K, fast.number, torch.is_grad_enabled())[0]
+            return torch.ops.speft.linear(x, weight, bias, fast.values_K, fast.key, torch.is_grad_enabled())[0]
         if fast is not None:
             taps[fast.attribute] = fast.summed()
         return self._with(taps, args, kwargs)
@@ -277,7 +277,8 @@ class AttachedForward:
 
     def _before_saving(self, *_: Any) -> None:
         for slot in self.slots:
-            slot.rewrite()  # the optimizer has stepped since the last forward
+            if is_partitioned(slot.own) or not sharded(slot.weight):  # else FSDP holds parts, to which the indices do not fit
+                slot.rewrite()  # the optimizer has stepped since the last forward
 
     def _hide(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         for slot in self.slots:

@@ -80,14 +80,15 @@ class RunFolder:
             raise UserError(f"output_dir {self.path} holds a run of another config ({shown}{more}){other}")
 
     def _trained_with(self, cfg: RunConfig) -> bool:
-        """Whether what was trained here so far saw as many examples a step as this config gives on these processes."""
+        """Whether this unfinished run has a checkpoint, of as many examples a step as this config gives on these processes."""
         from . import checkpoints
 
         found = checkpoints.complete(self.path)
-        trained = checkpoints.plan(found[-1]).get(checkpoints.BATCH) if found else None
+        if not found or self.result("save"):
+            return False
         world = engine.launched_ranks()[1]
         per_device, accumulation = batch_plan(cfg, world)
-        return (trained or self.result("train").get("global_batch_size")) == per_device * accumulation * world
+        return checkpoints.plan(found[-1]).get(checkpoints.BATCH) == per_device * accumulation * world
 
     def _ended_at_once(self, found: RunConfig) -> bool:
         """Whether a run wrote its config here and nothing else, as one whose data do not exist: any other may follow."""

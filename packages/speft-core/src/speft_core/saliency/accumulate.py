@@ -264,7 +264,9 @@ def accumulating(
     try:
         for scorer in scorers:
             if not any(is_partitioned(p) for p in scorer.module._parameters.values() if p is not None):
-                stack.enter_context(standing_in(scorer.module, scorer.taps()))  # for modules that read another one's parameters
+                with torch.enable_grad():
+                    taps = scorer.taps()
+                stack.enter_context(standing_in(scorer.module, taps))  # for modules that read another one's parameters
             scorer.module.forward = scorer
         yield examples
     finally:

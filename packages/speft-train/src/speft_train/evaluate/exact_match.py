@@ -73,7 +73,7 @@ def references(examples: Sequence[Rendered]) -> list[str]:
     missing = next((place for place, number in enumerate(wanted) if number is None), None)
     if missing is not None:
         raise UserError(
-            f"exact match needs a number in every test answer; row {missing + 1} has none"
-            f" ({' '.join(examples[missing].answer.split())[:60]!r}): set evaluate.generation=false"
+            "exact match needs a number in every answer that is measured;"
+            f" {' '.join(examples[missing].answer.split())[:60]!r} has none: set evaluate.generation=false"
         )
     return [number for number in wanted if number is not None]
