@@ -45,7 +45,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_figures_of_validation_rows_are_named_so(tmp_path: Path) -> None:
     """As of a run without test data: the split, and the data where they are another source than train."""
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"base": {"loss": 2.0}, "adapted": {"loss": 1.0, "split": "validation"}}))
+    path.write_text(json.dumps({"base": {"loss": 2.0, "split": "validation"}, "adapted": {"loss": 1.0, "split": "validation"}}))
     for data, name in (("{train: tatsu-lab/alpaca}", "tatsu-lab/alpaca"), ("{train: a.jsonl, validation: /x/dev.jsonl}", "dev.jsonl")):
         (tmp_path / "training_config.yaml").write_text(f"data: {data}\n")
         assert read_results(path, tmp_path) == [Evaluation(dataset=name, metric="loss", value=1.0, base=2.0, split="validation")]

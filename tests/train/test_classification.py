@@ -94,26 +94,6 @@ def test_the_names_of_metrics_and_methods_are_those_that_exist() -> None:
     assert set(NAMES) == set(METHODS)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_as_many_tokens_fit_as_the_model_has_positions_for(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """RoBERTa's positions start after the padding's: of a table of 32, as many as the padding id says are never used."""
-    import transformers
-
-    tokenizer = pico_tokenizers.byte_level()
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    made = transformers.AutoConfig.for_model(kind, **sizes, max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id)
-    transformers.AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path / kind)
-    tokenizer.save_pretrained(tmp_path / kind)
-    room = 32 if kind == "bert" else 32 - tokenizer.pad_token_id - 1
-    data = write(tmp_path / "rows.jsonl", [{"text": "ab"[place % 2] * 60, "label": place % 2} for place in range(8)])
-    settings = {"data": {"max_length": room, "overlong": "truncate"}, "adapter": {"method": "head"}, "train": {"max_steps": 1}}
-    done = run(tree(tmp_path / kind, data, tmp_path / "fits", **settings), tmp_path)
-    assert done["adapted"]["count"] == 8
-    settings["data"]["max_length"] = room + 1
-    with pytest.raises(UserError, match=f"at most the model's {room} positions; an example has {room + 1} tokens"):
-        run(tree(tmp_path / kind, data, tmp_path / "too_long", **settings), tmp_path)
-
-
 def test_a_pair_classifier_learns_ships_its_labels_and_is_restored(folders: dict[str, Path], tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", sentences(40))
     settings = {"max_steps": 120}

@@ -84,7 +84,7 @@ class RunFolder:
         from . import checkpoints
 
         found = checkpoints.complete(self.path)
-        if not found or self.result("save"):
+        if not found or (self.result("save") and (self.path / "adapter").exists()):
             return False
         world = engine.launched_ranks()[1]
         per_device, accumulation = batch_plan(cfg, world)
