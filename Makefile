@@ -22,7 +22,7 @@ help:
 	@echo "make test        all tests but those marked real"
 	@echo "make test-real   the tests that run the bundled models, or take long, or need Triton"
 	@echo "make coverage    line and branch coverage of speft-core by its own tests"
-	@echo "make mutation    whether the tests notice changes of ops, select, delta and merge (an hour or more; goes on where it stopped)"
+	@echo "make mutation    whether the tests notice changes of ops, select, delta and merge (two hours or more; goes on where it stopped)"
 	@echo "make lint        ruff, mypy and the import rules"
 	@echo "make audit       known weaknesses of the pinned dependencies (needs the network)"
 	@echo "make bench       step time and memory against PEFT and full fine-tuning"

@@ -21,7 +21,8 @@ PAGE = Path(__file__).parents[1] / "docs/api.md"
 HEAD = """# Public API
 
 What other code may rely on, written by `python tools/public_api.py` from the packages themselves; a test fails when this page and
-the code differ. `speft_train` has no public Python names: its contract is the two commands, the configuration and the run's folder.
+the code differ. `speft_train` has few public Python names (`classification.load_classifier`, `lm.rows.splits`, `bundled.folder`): its
+contract is the two commands, the configuration and the run's folder.
 """
 PACKAGES = ("speft_core", "speft_hub")
 

@@ -28,13 +28,18 @@ CONFIGURATION = """## Configuration
 
 A file may start from others: `base: FILE` or `base: [FILE, FILE]`, relative to itself; later ones win key by key, lists are replaced whole,
 and `key=value` on the command line comes last. `${section.key}` stands for another key's value. Unknown keys are refused with the nearest
-name. `sweep` is for `speft-train sweep` ([tasks](tasks.md)).
+name. `sweep` (its keys are `rows`, `columns`, `tune`, `seeds`, `vars`) is for `speft-train sweep` ([tasks](tasks.md)).
 """
 TRAIN = """### train
 
 `train` takes the fields of `transformers.TrainingArguments` of the installed version, but for those that other sections own, and two of
 speft's own: `global_batch_size` (examples of one optimizer step over all processes) and `early_stopping_patience` (evaluations without a
 better score).
+
+Where a run differs from `TrainingArguments`: `logging_steps` is 10, `save_steps` 200, `save_total_limit` 2, and
+`per_device_eval_batch_size` the micro-batch; `per_device_train_batch_size` is 8, or with `global_batch_size` the largest divisor
+of a process's share up to 8; TensorBoard's files lie in `OUTPUT_DIR/tensorboard`. `report_to` names what else is told (`wandb`,
+`mlflow`, ...: `[tensorboard, wandb]` for both), and `none` nothing.
 """
 
 
@@ -54,7 +59,8 @@ def option(parameter: Any) -> str:
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     remarks = ["required"] if parameter.required else []
     remarks += ["may be repeated"] if parameter.multiple and "may be repeated" not in parameter.help else []
-    remarks += [f"default {parameter.default}"] if parameter.default not in (None, False, True, "", ()) else []
+    told = parameter.default is not None and not isinstance(parameter.default, bool) and parameter.default not in ("", ())
+    remarks += [f"default {parameter.default}"] if told else []
     return f"| {names} | {cell('; '.join([without_stop(parameter.help), *remarks]))} |"
 
 

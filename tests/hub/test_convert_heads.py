@@ -94,8 +94,10 @@ def test_what_an_adapter_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
         adapter_between(tmp_path / "base", tmp_path / "nan")
 
 
-@pytest.mark.parametrize("base_has_both", [False, True])
-def test_a_tied_head_that_is_stored_is_the_embeddings_and_an_untied_one_is_refused(tmp_path: Path, base_has_both: bool) -> None:
+@pytest.mark.parametrize(("base_has_both", "silent"), [(False, False), (True, False), (True, True)])
+def test_a_tied_head_that_is_stored_is_the_embeddings_and_an_untied_one_is_refused(
+    tmp_path: Path, base_has_both: bool, silent: bool
+) -> None:
     base, tuned = pico.llama(tied=True), pico.llama(tied=True)
     with torch.no_grad():
         tuned.model.embed_tokens.weight[3, :4] += 1
@@ -103,6 +105,10 @@ def test_a_tied_head_that_is_stored_is_the_embeddings_and_an_untied_one_is_refus
     tuned.save_pretrained(tmp_path / "tuned")
     if base_has_both:
         change(tmp_path / "base", lm_head__weight=base.model.embed_tokens.weight.detach().clone())
+    if silent:  # as GPT-2's, whose class ties them by default
+        config = json.loads((tmp_path / "base/config.json").read_text())
+        del config["tie_word_embeddings"]
+        (tmp_path / "base/config.json").write_text(json.dumps(config))
     change(tmp_path / "tuned", lm_head__weight=tuned.model.embed_tokens.weight.detach().clone())
     adapter_between(tmp_path / "base", tmp_path / "tuned").save(tmp_path / "adapter")
     assert list(SparseAdapter.load(tmp_path / "adapter").deltas) == ["model.embed_tokens.weight"]

@@ -95,7 +95,7 @@ def test_merging(given: dict[str, Any]) -> None:
     merged = given["merged"]
     assert 0 < merged.nnz < given["a"].nnz
     with sc.MultiHeadModel(model, merged, heads={"sst2": given["a"].dense, "cola": given["b"].dense}) as made:
-        made.save("adapters/both")
+        made.save("adapters/heads")
     given["batch"] = {key: value for key, value in given["batch"].items() if key != "labels"}
     exec(heads, given)
     assert set(given["answers"]) == {"sst2", "cola"} and same(bits(model), before)

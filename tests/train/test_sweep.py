@@ -112,6 +112,18 @@ def test_settings_are_chosen_by_the_validation_score(config: Path, tmp_path: Pat
     assert len(set(validation.values())) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["evaluate.enabled=false"], "evaluate.enabled must be true"),
+        (["sweep.tune.train.learning_rate=[1e-3,1e-2]", "data.validation_from_train=0"], "set data.validation or"),
+    ],
+)
+def test_what_cannot_be_shown_or_chosen_is_refused_before_anything_runs(config: Path, given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_sweep(config, given)
+
+
 def test_equal_scores_are_told_apart_by_the_loss(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = load_sweep(config, ["sweep.tune.train.learning_rate=[1e-3,2e-3,3e-3]", "sweep.columns.B=null"])
     losses = {1e-3: 0.7, 2e-3: 0.6, 3e-3: 0.65}

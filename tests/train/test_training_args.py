@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, integrations
 
 from pico_run import make_config, make_model
+from speft_core.errors import UserError
 from speft_train import cli, config, results, training_args
 from speft_train.folder import RunFolder
 from speft_train.ranks import Ranks
@@ -59,3 +60,38 @@ def test_a_run_on_a_host_with_several_gpus_is_the_run_of_one(tmp_path: Path, mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     eight = run("eight", use_cpu=False, dataloader_pin_memory=False)
     assert eight["digest"] == one["digest"] and eight["history"] == one["history"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("wandd", "no tracker that transformers knows. Did you mean 'wandb'?"),
+        (["tensorboard", "clearml"], "clearml is not installed; installed: tensorboard"),
+    ],
+)
+def test_a_tracker_that_cannot_be_told_is_refused_before_anything_is_loaded(tmp_path: Path, given: Any, message: str) -> None:
+    cfg = config.load_config(make_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run", train={"report_to": given}))
+    with pytest.raises(UserError) as told:
+        training_args.check(cfg, 1)
+    assert message in str(told.value)
+
+
+def test_other_trackers_are_told_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the Trainer alone: report_to names them, and TensorBoard's file is the run's own."""
+    told: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            told.append(logs)
+
+    monkeypatch.setitem(integrations.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    model = make_model(tmp_path / "model")
+    losses = {}
+    for name, report_to in (("one", "wandb"), ("two", ["tensorboard", "wandb"]), ("none", "none"), ("usual", "tensorboard")):
+        told.clear()
+        sections = {"train": {"max_steps": 2, "report_to": report_to}, "evaluate": {"enabled": False}}
+        cli.execute(make_config(tmp_path / f"{name}.yaml", model, tmp_path / name, **sections), [], dry_run=False)
+        losses[name] = [logs["loss"] for logs in told if "loss" in logs]
+        assert (tmp_path / name / "tensorboard").exists() == ("tensorboard" in report_to)
+    assert len(losses["one"]) == 2 and losses["one"] == losses["two"] and not losses["none"] and not losses["usual"]

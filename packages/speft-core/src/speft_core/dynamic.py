@@ -1,7 +1,7 @@
 """Masks that change while training: Algorithm 1 of SPEFT, and SpIEL's grow and drop.
 
     tuner = attach(model, mask, keep_empty=True)
-    dynamic = DynamicMask(tuner, fresh_batches, interval=1000)
+    dynamic = DynamicMask(tuner=tuner, batches=fresh_batches, interval=1000)
     for batch in data:
         model(**batch).loss.backward()
         optimizer.step()
@@ -9,7 +9,7 @@
         dynamic.after_step(optimizer)       # counts optimizer steps, and every `interval` of them changes the mask
 
 The parameters in tuner.values stay the same objects when the mask changes, with other sizes, so the optimizer keeps its
-parameters; engines that flatten them (DeepSpeed, FSDP, DDP's buckets) cannot follow.
+parameters; engines that flatten them (stages 1 to 3 of DeepSpeed, FSDP, DDP's buckets) cannot follow.
 
 Shape suffixes: K active entries, U all entries that were ever trained and kept.
 """

@@ -13,10 +13,9 @@ import torch
 
 from speft_core import UserError
 
-from .checkpoint import EMBEDDINGS, Checkpoint
+from .checkpoint import LM_HEAD, Checkpoint
 
 HEAD = re.compile(r"(score|classifier|pre_classifier)\..+")  # Transformers' names for the module on top of a classifier's body
-LM_HEAD = "lm_head.weight"
 TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 LOCAL_KEYS = ("_name_or_path", "name_or_path")  # paths of whoever trained it
 
@@ -29,7 +28,7 @@ def added_heads(base: Checkpoint, tuned: Checkpoint) -> dict[str, torch.Tensor]:
             continue
         alone = f"{key} is in {tuned.folder} alone"
         if key.endswith(LM_HEAD):
-            if not is_tied_copy(key, tuned):
+            if not tuned.is_tied_copy(key):
                 raise UserError(f"{alone}: {base.folder} ties its head to the embeddings, and an adapter cannot untie them")
             continue
         if not HEAD.fullmatch(key):
@@ -39,15 +38,6 @@ def added_heads(base: Checkpoint, tuned: Checkpoint) -> dict[str, torch.Tensor]:
                 raise UserError(f"{key} holds NaN or infinity in {tuned.folder}")
             dense[key] = tensor.clone()
     return dense
-
-
-def is_tied_copy(head: str, checkpoint: Checkpoint) -> bool:
-    """Whether a stored head is the embeddings once more, bit for bit."""
-    embeddings = [k for k in checkpoint.places if k.endswith(EMBEDDINGS)]
-    if len(embeddings) != 1:
-        return False
-    with checkpoint.tensor(head) as x, checkpoint.tensor(embeddings[0]) as y:
-        return torch.equal(x, y)
 
 
 def task_type(tuned: Checkpoint) -> str:

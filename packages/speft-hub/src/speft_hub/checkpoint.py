@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+LM_HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
@@ -130,19 +132,37 @@ class Checkpoint:
     def keys_of(self, parameter: str) -> list[str]:
         """The tensors that a model's parameter is stored as: one, or both of a tied pair, or none.
 
-        A checkpoint may have the model's prefix where the class has none, or the other way round; the embeddings and the head
-        of a model with `tie_word_embeddings` are one parameter.
+        A checkpoint may have the model's prefix where the class has none, or the other way round; tied embeddings and head are
+        one parameter.
         """
-        found = self._stored(parameter)
-        if self.config.get("tie_word_embeddings"):
-            embeddings = [k for k in self.places if k.endswith(EMBEDDINGS)]
-            head = [k for k in self.places if k.endswith("lm_head.weight")]
-            pair = [*embeddings, *head] if len(embeddings) == 1 else []
-            if found in pair or (found is None and parameter.endswith(("lm_head.weight", *EMBEDDINGS))):
-                return pair
+        found = self.stored(parameter)
+        if found in self.tied or (found is None and parameter.endswith((LM_HEAD, *EMBEDDINGS))):
+            return list(self.tied)
         return [found] if found else []
 
-    def _stored(self, parameter: str) -> str | None:
+    @cached_property
+    def tied(self) -> tuple[str, ...]:
+        """The embeddings and the head, as far as they are stored, where the two are one parameter; else nothing. As it was when
+        first asked: before anything was changed.
+
+        Where the configuration is silent, its class may tie them or not: they are one if a stored head is the embeddings.
+        """
+        embeddings = [k for k in self.places if k.endswith(EMBEDDINGS)]
+        heads = [k for k in self.places if k.endswith(LM_HEAD)]
+        told = self.config.get("tie_word_embeddings")
+        if told is None:
+            told = bool(heads) and all(map(self.is_tied_copy, heads))
+        return (*embeddings, *heads) if told and len(embeddings) == 1 else ()
+
+    def is_tied_copy(self, head: str) -> bool:
+        """Whether a stored head is the embeddings once more, bit for bit."""
+        embeddings = [k for k in self.places if k.endswith(EMBEDDINGS)]
+        if len(embeddings) != 1:
+            return False
+        with self.tensor(head) as x, self.tensor(embeddings[0]) as y:
+            return torch.equal(x, y)
+
+    def stored(self, parameter: str) -> str | None:
         if parameter in self.places:
             return parameter
         without = parameter.partition(".")[2]

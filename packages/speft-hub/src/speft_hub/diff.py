@@ -20,8 +20,8 @@ from speft_core.gaps import index_dtype
 from speft_core.merge_files import AdapterFile
 from speft_core.writing import add_values
 
-from .added import LM_HEAD, added_heads, is_tied_copy, task_type
-from .checkpoint import Checkpoint
+from .added import added_heads, task_type
+from .checkpoint import LM_HEAD, Checkpoint
 
 RANK_LIMIT = 8192  # the longer side of a matrix whose rank we are ready to compute
 
@@ -137,7 +137,7 @@ def adapter_between(a: str | Path, b: str | Path, top_k: int | None = None, base
         if not place.dtype.is_floating_point:
             continue
         if key.endswith(LM_HEAD) and len(first.keys_of(key)) > 1:  # one parameter stored twice, and changed once
-            if not is_tied_copy(key, second):
+            if not second.is_tied_copy(key):
                 raise UserError(f"{key} is not the embeddings in {b}: {a} ties it to them, and an adapter cannot untie them")
             continue
         with first.tensor(key) as x, second.tensor(key) as y:

@@ -134,6 +134,9 @@ class EvaluateConfig:
     batch_size: int = key(32, "prompts generated at once, and examples of a loss: fewer where their logits are many", minimum=1)
     max_new_tokens: int = key(256, "longest generated answer in tokens", minimum=1)
     limit: int | None = key(None, "number of test rows that are evaluated, the first ones", minimum=1)
+    validation: bool = key(
+        False, "measure what was trained on the validation data too where there are test data, as classifications always do", added=True
+    )
     examples: int = key(5, "generated answers shown in the report", minimum=0)
 
 

@@ -31,6 +31,8 @@ def check_config(cfg: RunConfig) -> None:
     by_template = data.template == "multiple_choice" or cfg.model.task == "sequence_classification"
     if not (by_template or settings.generation or settings.loss):
         raise UserError(f"{NOTHING}: set one of evaluate.generation and evaluate.loss{OFF}")
+    if settings.validation and data.validation is None and not data.validation_from_train:
+        raise UserError("evaluate.validation needs data.validation or data.validation_from_train; neither is set")
     held_out = data.test is not None or data.validation is not None or data.validation_from_train > 0
     if not held_out and Path(data.train).suffix.lower() in READERS:
         raise UserError(
@@ -62,19 +64,28 @@ def check_data(run: Run) -> None:
         )
 
 
-def figures(run: Run, model: Any) -> Result:
-    """All figures of a model as it stands. Each rank takes a share of the rows; `split` is there where it is not test."""
+def figures(run: Run, model: Any, validation: bool = False) -> Result:
+    """All figures of a model as it stands. Each rank takes a share of the rows; `split` is there where it is not test.
+    `validation`: those of the validation data too, under this name, where test data are what is measured.
+    """
     from . import classification
 
     if run.cfg.model.task == "sequence_classification":
         return classification.evaluate(run, model)
     rows, examples, split = _measured(run)
+    found = _of_rows(run, model, rows, examples)
+    if split != "test":
+        found["split"] = split
+    elif validation and run.data.validation_rows:
+        found["validation"] = _of_rows(run, model, run.data.validation_rows, run.data.validation)
+    run.say("  " + ", ".join(f"{name} {found[name]:.4f}" for name in SHOWN if name in found))
+    return found
+
+
+def _of_rows(run: Run, model: Any, rows: list[dict[str, Any]], examples: Any) -> Result:
     found = _answers(run, model, rows)
     if run.cfg.evaluate.loss and examples is not None:
         found = {**_loss(run, model, examples), **found}
-    if split != "test":
-        found["split"] = split
-    run.say("  " + ", ".join(f"{name} {found[name]:.4f}" for name in SHOWN if name in found))
     return found
 
 

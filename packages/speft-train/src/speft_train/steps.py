@@ -142,7 +142,7 @@ def evaluate_adapted(run: Run) -> Result:
 
     applied = METHODS[run.cfg.adapter.method].applied
     with applied(run.model, run.cfg, run.folder.path / ADAPTER, run.ranks.world) as model:
-        return {"figures": measure.figures(run, model)}
+        return {"figures": measure.figures(run, model, run.cfg.evaluate.validation)}
 
 
 def report(run: Run) -> Result:

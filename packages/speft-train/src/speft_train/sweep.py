@@ -226,7 +226,7 @@ def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str
             continue
         held = found["adapted"].get("validation") or found["adapted"]
         if held is found["adapted"] and held.get("split") != "validation":
-            raise UserError("sweep.tune needs validation data: set data.validation or data.validation_from_train")
+            raise UserError(f"sweep.tune chooses by validation data; {cell.name} found none of its validation rows to measure")
         candidates.setdefault((cell.row, cell.column), []).append((cell, held))
     return {place: _best(sweep, place[1], ran) for place, ran in candidates.items()}
 

@@ -83,6 +83,8 @@ class Sweep:
         """The run of one place in the table, checked."""
         settings = {k: v for k, v in (*self.columns[column].items(), *self.rows[row].items()) if k not in ("score", "tune")}
         settings |= dict(tuned)
+        if seed == self.seeds[0] and len(self.candidates(row)) > 1:
+            settings["evaluate.validation"] = True  # what the choice is made by
         parts = [column, row, *("-".join((key.rpartition(".")[2], str(value))) for key, value in tuned), f"seed{seed}"]
         folder = self.folder.joinpath(*map(_slug, parts))
         tree = _with(self.tree, {**settings, "seed": seed, "output_dir": str(folder)})
@@ -131,6 +133,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), grid: Sequence[str] = 
         if score not in (None, *SCORES):
             raise UserError(f"{path}: sweep.columns.{column}.score must be one of {', '.join(SCORES)}; got {score!r}")
     _check_tune(path, made)
+    _check_figures(path, made)
     return made
 
 
@@ -143,6 +146,22 @@ def _check_tune(path: Path, made: Sweep) -> None:
         unknown = [key for key in listed if made.tune and key not in made.tune]
         if unknown:
             raise UserError(f"{path}: {place}: {unknown[0]} is not tuned; sweep.tune has {', '.join(made.tune)}")
+
+
+def _check_figures(path: Path, made: Sweep) -> None:
+    """Every run measures something for the table; those that are chosen by it, on validation data."""
+    for column, row in itertools.product(made.columns, made.rows):
+        candidates = made.candidates(row)
+        cfg = made.cell(row, column, made.seeds[0], candidates[0]).cfg
+        if not cfg.evaluate.enabled:
+            raise UserError(f"{path}: a sweep shows what its runs measure; evaluate.enabled must be true, got false for {row} on {column}")
+        if len(candidates) < 2:
+            continue
+        if cfg.data.validation is None and not cfg.data.validation_from_train:
+            raise UserError(
+                f"{path}: sweep.tune chooses by validation data: set data.validation or data.validation_from_train; neither is set for"
+                f" {row} on {column}"
+            )
 
 
 def _kept(named: Mapping[str, Any] | None) -> dict[str, Settings]:

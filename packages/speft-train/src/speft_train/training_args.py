@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from speft_core.errors import UserError
+from speft_core.errors import UserError, nearest
 
 from . import engine
 from .config import RunConfig, batch_plan
@@ -23,13 +23,13 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 200,
     "save_total_limit": 2,
     "restore_callback_states_from_checkpoint": True,  # what early stopping has counted
-    "report_to": "none",  # TensorBoard is added by the run itself, in a folder of its own
     "disable_tqdm": True,  # so is the progress bar
     "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
     "log_level": "error",
     "log_level_replica": "error",
 }
-OWN_KEYS = ("global_batch_size", "early_stopping_patience", "report_to", "disable_tqdm")
+OWN_KEYS = ("global_batch_size", "early_stopping_patience", "disable_tqdm")
+OWN_TRACKER = "tensorboard"  # added by the run itself, in a folder of its own
 
 
 def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
@@ -46,6 +46,8 @@ def build(cfg: RunConfig, ranks: Ranks, folder: Path) -> Any:
 def check(cfg: RunConfig, world: int) -> None:
     """UserError for what TrainingArguments refuses. Making them would start devices and DeepSpeed: this stops before."""
     from transformers import TrainingArguments
+
+    _check_trackers(cfg)
 
     class Passed(Exception):
         pass
@@ -79,6 +81,7 @@ def _fields(cfg: RunConfig, world: int, folder: Path) -> dict[str, Any]:
     fields = {**DEFAULTS, **{k: v for k, v in cfg.train.items() if k not in OWN_KEYS}}
     fields.update(
         output_dir=str(folder),
+        report_to=[name for name in _trackers(cfg) if name != OWN_TRACKER],
         seed=cfg.seed,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
@@ -130,8 +133,32 @@ def kept(cfg: RunConfig) -> int | None:
 
 def wants_tensorboard(cfg: RunConfig) -> bool:
     """TensorBoard is on unless `train.report_to` leaves it out."""
-    wanted = cfg.train.get("report_to", "tensorboard")
-    return wanted == "all" or "tensorboard" in ([wanted] if isinstance(wanted, str) else wanted)
+    return OWN_TRACKER in _trackers(cfg)
+
+
+def _trackers(cfg: RunConfig) -> list[str]:
+    """`train.report_to` as a list; "all" is what transformers finds installed."""
+    wanted = cfg.train.get("report_to", OWN_TRACKER)
+    names = [wanted] if isinstance(wanted, str) else list(wanted or ())
+    if names == ["all"]:
+        from transformers.integrations import get_available_reporting_integrations
+
+        return list(dict.fromkeys([OWN_TRACKER, *get_available_reporting_integrations()]))
+    return [] if names == ["none"] else names
+
+
+def _check_trackers(cfg: RunConfig) -> None:
+    """UserError for a tracker that transformers does not know, or that is not installed: it would only tell once the model is loaded."""
+    from transformers import integrations
+
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    installed = [OWN_TRACKER, *integrations.get_available_reporting_integrations()]
+    for name in _trackers(cfg):
+        if name not in known:
+            allowed = f"allowed: all, none, or some of {', '.join(known)}"
+            raise UserError(f"train.report_to: {name!r} is no tracker that transformers knows.{nearest(name, known)} {allowed}")
+        if name not in installed:
+            raise UserError(f"train.report_to: {name} is not installed; installed: {', '.join(installed)}")
 
 
 def global_batch(cfg: RunConfig, world: int) -> int:

@@ -102,7 +102,7 @@ METRICS: dict[str, Metric] = {
 def register_metric(
     name: str, score: Score, statistic: str | Statistic = "gradient", formula: str = "", replace: bool = False
 ) -> Metric:
-    """Add a metric to the table, so that configs can name it. score(weight, statistic) as in Metric.
+    """Add a metric to the table, so that `find_mask` can name it. score(weight, statistic) as in Metric.
 
     UserError for a name that is taken (unless `replace`) or a statistic that does not exist.
     """
