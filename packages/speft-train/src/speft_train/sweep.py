@@ -91,7 +91,7 @@ def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | No
         for seed in sweep.seeds
         for column in sweep.columns
         for row in sweep.rows
-        if (row, column) in chosen or not chosen
+        if (row, column) in chosen or not tuning
     ]
     run_cells(cells, console, settings)
     final = _found(cells)

@@ -83,8 +83,9 @@ class Sweep:
         """The run of one place in the table, checked."""
         settings = {k: v for k, v in (*self.columns[column].items(), *self.rows[row].items()) if k not in ("score", "tune")}
         settings |= dict(tuned)
-        if seed == self.seeds[0] and len(self.candidates(row)) > 1:
-            settings["evaluate.validation"] = True  # what the choice is made by
+        task = settings.get("model.task", (self.tree.get("model") or {}).get("task"))
+        if seed == self.seeds[0] and len(self.candidates(row)) > 1 and task != "sequence_classification":
+            settings["evaluate.validation"] = True  # what the choice is made by; a classification always measures it
         parts = [column, row, *("-".join((key.rpartition(".")[2], str(value))) for key, value in tuned), f"seed{seed}"]
         folder = self.folder.joinpath(*map(_slug, parts))
         tree = _with(self.tree, {**settings, "seed": seed, "output_dir": str(folder)})
