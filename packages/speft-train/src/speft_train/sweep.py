@@ -100,7 +100,7 @@ def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | No
     console.print((sweep.folder / sweep_table.MARKDOWN).read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     if settings.failed:
         name, reason = next(iter(settings.failed.items()))
-        raise UserError(f"{len(settings.failed)} of {len(cells)} runs failed; the first, {name}: {reason}")
+        raise UserError(f"{len(settings.failed)} of {max(len(cells), len(settings.failed))} runs failed; the first, {name}: {reason}")
 
 
 def _found(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
