@@ -27,6 +27,7 @@ from .remask import Parked, remask, restore_parked, with_parked
 from .slots import AttachedForward, Slot, check_adaptable
 from .targets import base_parameters, check_reachable, owners_of, parameter_shape
 from .together import Together
+from .whole_slots import SHORT, WholeSlot
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Tuner:
     """The trainable part of an attached model: `values` per masked parameter, and the dense parameters.
 
     values: parameter name -> its values (fp32; float64 for float64 weights), a Parameter that the model's modules own too.
-    dense: name -> the model's own parameter, trained whole. mask: the mask it was attached with.
+    dense: name -> what is trained whole: the model's own parameter, or one in fp32 for a parameter of 16 bits (whole_slots.py).
+    mask: the mask it was attached with.
     """
 
     def __init__(
@@ -122,7 +124,9 @@ class Tuner:
         parameters, owners = base_parameters(model), owners_of(model)
         self._required_grad = {p: p.requires_grad for p in model.parameters()}
         self.dense: dict[str, nn.Parameter] = {n: parameters[n] for n in dense_names}
+        self._dense_weights = dict(self.dense)
         self._dense_before = {n: own_part(p).clone() for n, p in self.dense.items()}
+        self._whole: dict[str, WholeSlot] = {}
         self.values: dict[str, nn.Parameter] = {}
         self.fingerprint: dict[str, dict[str, Any]] = {}
         self._slots: dict[str, list[Slot]] = {}
@@ -147,6 +151,13 @@ class Tuner:
                         by_module.setdefault(module, []).append(slot)
                         self.values[name] = slot.values_K
                 together.add(self._slots[name])
+            for name, weight in self._dense_weights.items():
+                if weight.dtype in SHORT:
+                    ((module, attribute),) = owners[id(weight)]
+                    with whole([weight]):
+                        self._whole[name] = WholeSlot(name, module, attribute, together)
+                    by_module.setdefault(module, []).append(self._whole[name])
+                    self.dense[name] = self._whole[name].values_K
         except UserError:
             self._remove_slots()
             raise
@@ -202,6 +213,9 @@ class Tuner:
             for slot in slots:
                 slot.stale = True
                 slot.write()
+        for dense in self._whole.values():
+            dense.stale = True
+            dense.write()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """`values.<name>` and `dense.<name>`, detached, and `mask`, by which they are recognised; nothing frozen.
@@ -252,11 +266,15 @@ class Tuner:
             values_K.copy_(rounded_K)
             delta = SparseDelta(slot.indices_K.cpu(), rounded_K.cpu().clone(), self.mask.shapes[name])
             deltas[name] = with_parked(self, name, delta).check(name)
-        self.sync()
         dense = {}
         for name, parameter in self.dense.items():
-            with whole([parameter]):
-                dense[name] = parameter.detach().cpu().clone()
+            short = name in self._whole
+            with whole([parameter], change=short):
+                rounded = parameter.detach().to(self._dense_weights[name].dtype)
+                dense[name] = rounded.cpu().clone()
+                if short:
+                    parameter.copy_(rounded)
+        self.sync()
         return SparseAdapter(deltas, dense, self._config(config), {n: dict(f) for n, f in self.fingerprint.items()})
 
     def _config(self, given: Mapping[str, Any]) -> AdapterConfig:
@@ -295,7 +313,7 @@ class Tuner:
         restore_parked(self)
         self._remove_slots()
         with torch.no_grad():
-            for name, parameter in self.dense.items():
+            for name, parameter in self._dense_weights.items():
                 own_part(parameter).copy_(self._dense_before[name])
                 parameter.grad = None
         for parameter, required in self._required_grad.items():
@@ -306,6 +324,8 @@ class Tuner:
         for slots in self._slots.values():
             for slot in slots:
                 slot.remove()
+        for slot in self._whole.values():
+            slot.remove()
 
 
 def library_versions() -> dict[str, str]:
