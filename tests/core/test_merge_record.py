@@ -133,6 +133,18 @@ def test_bases_are_told_apart_by_what_is_known_of_them(first: SparseAdapter, sec
             check_same_base([first, same_as_first, third], ["a", "c", "b"])
 
 
+def test_every_shared_tensor_is_compared_not_the_first_adapters_alone() -> None:
+    def on(name: str, record: dict[str, Any]) -> SparseAdapter:
+        return SparseAdapter({name: delta({1: 1.0})}, {}, AdapterConfig(), {name: record})
+
+    sources = [on("q", {"sample": "aa"}), on("v", {"shape": [8]}), on("v", {"sample": "bb"}), on("v", {"sample": "cc"})]
+    check_same_base(sources[:3], ["a", "b", "c"])
+    with pytest.raises(UserError, match="^c and d were trained on different bases: v has other values$"):
+        check_same_base(sources, ["a", "b", "c", "d"])
+    with pytest.raises(UserError, match="^c and d were trained on different bases"):
+        merge(sources, names=["a", "b", "c", "d"])
+
+
 VALUES = st.dictionaries(st.integers(0, 7), st.integers(-8, 8).map(lambda n: n / 4), max_size=8)  # exact in fp32
 
 

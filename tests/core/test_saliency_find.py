@@ -134,19 +134,30 @@ def test_scores_of_bf16_weights_are_summed_in_fp32() -> None:
         assert torch.allclose(score, alone[name], rtol=1e-4, atol=1e-9), name
 
 
-def test_a_model_with_a_tuner_is_scored_as_it_has_become() -> None:
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [("gradient", {}), ("magnitude", {}), ("snip", {}), ("synflow", {}), ("grasp", {"hessian": "exact"}), ("grasp", {"hessian": "finite"})],
+)
+def test_a_model_with_a_tuner_is_scored_as_it_has_become(metric: str, options: dict[str, str]) -> None:
+    """Also where no forward comes before the weights are read, and where the pass moves the weights itself."""
     model = pico.llama()
-    tuner = sc.attach(model, sc.find_mask(model, metric="magnitude", budget=sc.Budget(k=50)))
+    tuner = sc.attach(model, sc.find_mask(model, batches_of(model), budget=sc.Budget(density=0.05)))
     for values in tuner.values.values():
-        values.data.fill_(0.5)
-    scores = sc.saliency_scores(model, batches_of(model))
+        values.data.normal_(0, 0.1)
+    scores = sc.saliency_scores(model, batches_of(model), metric, options=options)
     tuner.sync()
     plain = pico.llama()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             parameter.copy_(base_parameters(model)[name])
-    expected = sc.saliency_scores(plain, batches_of(model))
+    expected = sc.saliency_scores(plain, batches_of(model), metric, options=options)
     assert all(torch.equal(s, expected[n]) for n, s in scores.items())
+    for values in tuner.values.values():
+        values.data.normal_(0, 0.1)
+    mask = sc.find_mask(model, batches_of(model), metric, sc.Budget(k=60), options=options)
+    tuner.sync()
+    again = sc.find_mask(model, batches_of(model), metric, sc.Budget(k=60), options=options)
+    assert all(torch.equal(mask.indices[n], again.indices[n]) for n in mask.names)
     loss = model(**pico.batch(model)).loss
     loss.backward()
     assert all(v.grad is not None for v in tuner.values.values())

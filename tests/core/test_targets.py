@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 import pico
 import speft_core as sc
@@ -17,6 +18,13 @@ def test_suffixes_names_and_regexes_agree() -> None:
     assert resolve_targets(model, ["self_attn.q_proj", "v_proj.weight"]) == expected
     assert resolve_targets(model, r".*\.[qv]_proj\.weight") == expected
     assert resolve_targets(model, expected) == expected
+
+
+def test_a_whole_name_means_that_parameter_alone() -> None:
+    """Names of one model may be suffixes of its others: what attach trains is what a mask that changes chooses from."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    assert resolve_targets(model, ["0.weight"]) == ["0.weight"]
+    assert resolve_targets(model, ["1.weight"]) == ["1.1.weight"], "no parameter has this name whole"
 
 
 def test_a_module_means_its_weight_and_not_its_bias() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import speft_core as sc
 from pico_run import make_config, make_model
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
 # A bf16 loss moves with the order of its sums: stage 3 is held against stage 2 alone.
 WIDE = {"adapter": {"budget": {"density": 0.5, "of": "targets"}}, "train": {"max_steps": 2}}
 BF16_CASES = {"bf16-stage2": merged(PLAIN, BF16, CASES["stage2"][1]), "bf16-stage3": merged(PLAIN, BF16, STAGE3)}
+# A head of 16 bits beside values in fp32: all that is trained is in fp32, or a flat buffer could not hold it.
+SHORT_HEADS = {"head-stage2": {"deepspeed": {"zero_stage": 2}}, "head-stage3": STAGE3}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labelled = classifier(folder / "rows.jsonl")
     make_config(folder / "labels-1.yaml", model, folder / "one" / "labels", **labelled)
     config = make_config(folder / "labels-2.yaml", model, folder / "two" / "labels", **merged(labelled, STAGE3))
-    return run_all(folder, [*runs, [str(config), []]])
+    runs.append([str(config), []])
+    for name, sections in SHORT_HEADS.items():
+        both = merged(classifier(folder / "rows.jsonl"), {"train": {"max_grad_norm": 0.0}}, BF16, sections)
+        runs.append([str(make_config(folder / f"{name}-2.yaml", model, folder / "two" / name, **both)), []])
+    return run_all(folder, runs)
 
 
 def classifier(rows: Path) -> dict[str, Any]:
@@ -129,6 +136,21 @@ def test_a_classifier_starts_trains_and_scores_as_in_one_process(ran: Path) -> N
         assert two[figures]["accuracy"] == one[figures]["accuracy"] and two[figures]["count"] == 41
     adapters = [sc.SparseAdapter.load(ran / side / "labels" / "adapter") for side in ("one", "two")]
     assert torch.allclose(adapters[0].dense["score.weight"], adapters[1].dense["score.weight"], atol=1e-5)
+
+
+def test_a_head_in_bf16_is_trained_in_fp32_in_shards_too(ran: Path) -> None:
+    first = len(CASES) + len(BF16_CASES) + 2
+    for place, name in enumerate(SHORT_HEADS):
+        assert end_of(ran, first + place)["code"] == 0, (ran / "stderr").read_text()[-3000:]
+    two, three = SHORT_HEADS
+    assert losses(ran / "two" / two) == pytest.approx(losses(ran / "two" / three), abs=1e-4)
+    heads = [sc.SparseAdapter.load(ran / "two" / name / "adapter").dense["score.weight"] for name in SHORT_HEADS]
+    assert heads[0].dtype == torch.bfloat16 and torch.allclose(heads[0].float(), heads[1].float(), rtol=2**-6, atol=1e-4)
+    for name in SHORT_HEADS:
+        assert result(ran, name)["adapted"]["loss"] < result(ran, name)["base"]["loss"]
+        (kept,) = {path.name for path in (ran / "two" / name).glob("checkpoint-*/trainable.safetensors")}
+        state = load_file(max((ran / "two" / name).glob("checkpoint-*")) / kept)
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def test_nothing_exists_for_frozen_weights(ran: Path) -> None:

@@ -81,8 +81,17 @@ class DynamicMask:
             raise UserError(f"interval must be a whole number of at least 1 optimizer step, got {self.interval!r}")
         if not 0 < self.swap <= 1:
             raise UserError(f"swap must lie in (0, 1], got {self.swap!r}")
+        if self.policy == "grow_and_drop":
+            _check_single(self.scope, {**self.tuner.mask.made, **self.find_options})
         self.made = dict(self.tuner.mask.made)
-        self.k = self.tuner.mask.nnz  #: what every mask may hold; a structure's last unit may not fit in
+        self.k = self._budget()  #: what every mask may hold
+
+    def _budget(self) -> int:
+        """As many entries as the mask; of a structure, whose last unit may not have fitted in, as many as were asked for."""
+        mask, asked = self.tuner.mask, self.made.get("budget")
+        if not self.made.get("structure") or not isinstance(asked, Mapping):
+            return mask.nnz
+        return max(mask.nnz, Budget(**asked).resolve(self.tuner.model, list(mask.names)))
 
     def after_step(self, optimizer: torch.optim.Optimizer, last: bool = False) -> bool:
         """Count one optimizer step; change the mask when it is time. Returns whether it changed.
@@ -153,6 +162,19 @@ class DynamicMask:
         self.steps, self.changes = int(state["steps"]), [dict(c) for c in state["changes"]]
 
 
+def _check_single(scope: str, made: Mapping[str, Any]) -> None:
+    """Entries are dropped and grown one by one, wherever they lie: UserError for a mask that is made by other rules."""
+    rules = {key: made.get(key) for key in ("structure", "min_per_layer", "max_per_layer")}
+    if scope != "global" or made.get("scope") == "local":
+        rules["scope"] = "local"
+    broken = next((key for key, value in rules.items() if value not in (None, "entries")), None)
+    if broken is not None:
+        raise UserError(
+            f"policy grow_and_drop exchanges single entries over all targets, so that {broken} {rules[broken]} would not last; use"
+            " rescore, or a global mask of entries without bounds"
+        )
+
+
 def _rescore(dynamic: DynamicMask, number: int) -> Chosen:
     """Algorithm 1: score the model as it has become on fresh examples and take the k best."""
     tuner = dynamic.tuner
@@ -194,6 +216,8 @@ POLICIES: dict[str, Callable[[DynamicMask, int], Chosen]] = {"rescore": _rescore
 def _move_state(optimizer: torch.optim.Optimizer, tuner: Tuner, before: SparsityMask, after: SparsityMask, keep: bool) -> None:
     """Fit the optimizer's state to the new entries: dropped, or kept for those that survive and zero for new ones."""
     states = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps the optimizer
+    for parameter in () if keep else tuner.dense.values():
+        states.pop(parameter, None)
     for name, values_K in tuner.values.items():
         state = states.get(values_K)
         if not state:

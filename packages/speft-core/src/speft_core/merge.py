@@ -92,21 +92,28 @@ def check_same_base(sources: Sequence[Source], names: Sequence[str]) -> None:
     Shapes of shared tensors and the hashes of a sample of the base (see fingerprint.py) decide; where no tensor is shared,
     the names of the base models must agree.
     """
-    first = sources[0]
-    for source, name in zip(sources[1:], names[1:], strict=True):
+    holders: dict[str, tuple[Source, str]] = {}  # tensor -> the first source that has a record of its base
+    for place, (source, name) in enumerate(zip(sources, names, strict=True)):
         proven = False
-        for tensor in (t for t in source.deltas if t in first.deltas):
-            x, y = first.fingerprint.get(tensor, {}), source.fingerprint.get(tensor, {})
-            shapes = [tuple(f["shape"]) for f in (x, y) if "shape" in f]
+        for tensor in source.deltas:
+            record = source.fingerprint.get(tensor, {})
+            if tensor not in holders:
+                if record:
+                    holders[tensor] = source, name
+                continue
+            holder, held_by = holders[tensor]
+            before = holder.fingerprint[tensor]
+            shapes = [tuple(f["shape"]) for f in (before, record) if "shape" in f]
             if len(shapes) == 2 and shapes[0] != shapes[1]:
-                raise UserError(f"{names[0]} and {name} have different bases: {tensor} has shapes {shapes[0]} and {shapes[1]}")
-            same = same_sample(x, y)
+                raise UserError(f"{held_by} and {name} have different bases: {tensor} has shapes {shapes[0]} and {shapes[1]}")
+            same = same_sample(before, record)
             if same is False:
-                raise UserError(f"{names[0]} and {name} were trained on different bases: {tensor} has other values")
-            proven = proven or same is True
-        mine, other = first.config, source.config
-        a, b = mine.base_model_name_or_path, other.base_model_name_or_path
-        if not proven and a is not None and b is not None and a != b:
+                raise UserError(f"{held_by} and {name} were trained on different bases: {tensor} has other values")
+            proven = proven or (same is True and holder is sources[0])
+            if same is None and "sample" not in before:
+                holders[tensor] = source, name
+        a, b = sources[0].config.base_model_name_or_path, source.config.base_model_name_or_path
+        if place and not proven and a is not None and b is not None and a != b:
             hint = "if they are the same model, pass check_base=False"
             raise UserError(f"{names[0]} and {name} have different bases, {a!r} and {b!r}; {hint}")
 

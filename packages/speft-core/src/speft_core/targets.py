@@ -11,6 +11,7 @@ from torch import nn
 from .errors import UserError, nearest
 
 Targets = str | Sequence[str]
+WHOLE = "_speft_whole"  #: attribute of a module: which of its parameters have fp32 values for all their entries (whole_slots.py)
 
 
 def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -26,8 +27,9 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _is_added(model: nn.Module, name: str) -> bool:
     """Whether `attach` made it: by what lies beside it, since an attribute of the parameter would not survive a deep copy."""
     module, _, attribute = name.removesuffix("_values").rpartition(".")
-    buffers = model.get_submodule(module)._buffers
-    return f"{attribute}_indices" in buffers and f"{attribute}_base" in buffers
+    owner = model.get_submodule(module)
+    sparse = f"{attribute}_indices" in owner._buffers and f"{attribute}_base" in owner._buffers
+    return sparse or attribute in owner.__dict__.get(WHOLE, ())
 
 
 def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
@@ -90,8 +92,8 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[str]:
     """The names of the parameters that `targets` means, in module order.
 
     `targets` is "all-linear" (weights of all linear layers but the head), "body" (every parameter but embeddings and head,
-    as in SpaRTA), or one or several of: a parameter's name, a module's name (its weight), a dotted suffix of either, a
-    regex that matches whole parameter names. UserError when one of them matches nothing.
+    as in SpaRTA), or one or several of: a parameter's whole name (that one alone), a module's name (its weight), a dotted suffix
+    of either, a regex that matches whole parameter names. UserError when one of them matches nothing.
     """
     names = list(base_parameters(model))
     patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -105,7 +107,7 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[str]:
             outside = head_and_embedding_names(model)
             found = [n for n in names if n not in outside]
         else:
-            found = [n for n in names if _matches(n, pattern)] or _regex(pattern, names)
+            found = [pattern] if pattern in names else [n for n in names if _matches(n, pattern)] or _regex(pattern, names)
         if not found:
             suffixes = sorted({part for n in names for part in (n, n.rpartition(".")[0], *n.split(".")[-2:]) if part})
             some = ", ".join(

@@ -13,6 +13,7 @@ from torch import nn
 from .ops.compiled import enroll
 from .partitioned import is_absent
 from .slots import Slot
+from .targets import WHOLE
 from .together import Together
 
 SHORT = (torch.bfloat16, torch.float16)
@@ -28,6 +29,7 @@ class WholeSlot(Slot):
         self.stale, self._seen = True, (-1, -1)
         self.key = enroll(self)
         module.register_parameter(f"{attribute}_values", nn.Parameter(weight.detach().float()))
+        module.__dict__.setdefault(WHOLE, set()).add(attribute)
 
     def rewrite(self) -> None:
         """Round the values into the weight."""
@@ -53,3 +55,7 @@ class WholeSlot(Slot):
     def remove(self) -> None:
         """Take the values off the module; the weight is the caller's to restore."""
         del self.module._parameters[f"{self.attribute}_values"]
+        marked = self.module.__dict__[WHOLE]
+        marked.discard(self.attribute)
+        if not marked:
+            del self.module.__dict__[WHOLE]

@@ -145,6 +145,12 @@ def check_adapter(adapter: Mapping[str, Any]) -> list[str]:
         mistakes.append(f"adapter.dynamic.interval: needs method sparse; got {method}")
     if dynamic.get("interval") is not None and metric == "random" and dynamic.get("policy", "rescore") == "rescore":
         mistakes.append("adapter.dynamic.policy: rescore needs a metric other than random, whose mask would never change")
+    single = adapter.get("scope", "global") == "global" and structure == "entries" and not bounds
+    if dynamic.get("interval") is not None and dynamic.get("policy") == "grow_and_drop" and not single:
+        mistakes.append(
+            "adapter.dynamic.policy: grow_and_drop exchanges single entries over all targets, so it needs scope global, structure"
+            " entries and no bounds; with others use rescore"
+        )
     if dynamic.get("final_budget") is not None and dynamic.get("interval") is None:
         mistakes.append("adapter.dynamic.final_budget: needs dynamic.interval; a mask that stays is not pruned")
     return mistakes

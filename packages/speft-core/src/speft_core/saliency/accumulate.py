@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import UserError
 from ..ops.functions import Tap
 from ..ops.matmul import grad_input
 from ..partitioned import Recompute, gathering, is_partitioned
@@ -50,15 +49,15 @@ class Examples:
         self.added.add(name)
         return name not in self.mixed
 
-    def split(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """`x` as [B, T, features]: it may come as [B, ..., features] or flattened to [B · T, features]."""
+    def split(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`x` as [B, T, features], which may come as [B, ..., features] or flattened to [B · T, features]; None for what starts
+        with no examples, as the labelled positions of all in one row.
+        """
         if x.dim() >= 2 and x.shape[0] == self.count:
             return x.reshape(self.count, -1, x.shape[-1])
         if x.dim() == 2 and self.length and x.shape[0] == self.count * self.length:
             return x.reshape(self.count, self.length, x.shape[-1])
-        raise UserError(
-            f"per-example scores of {name} need inputs that start with the {self.count} examples, got {tuple(x.shape)}"
-        )
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ class Rule:
             for start in range(0, left_TO.shape[1], step):
                 total.add_product(left_TO[:, start : start + step], right_TI, start)
             return
-        left_BTO, right_BTI = examples.split(left, total.name), examples.split(right, total.name).to(dtype)
+        left_BTO, right_BTI = examples.split(left), examples.split(right)
+        assert left_BTO is not None and right_BTI is not None, "the scorer has looked"
+        right_BTI = right_BTI.to(dtype)
         step = max(1, TILE_ELEMENTS // max(1, right_BTI.shape[0] * right_BTI.shape[2]))
         for start in range(0, left_BTO.shape[2], step):
             product_BOI = left_BTO[:, :, start : start + step].to(dtype).transpose(1, 2) @ right_BTI
@@ -96,7 +97,9 @@ class Rule:
         """grad_y of each example's own loss instead of its share of the batch's, [B, T, O]; unchanged for plain sums."""
         if self.of_example is None:
             return grad_y
-        grad_BTO = examples.split(grad_y, total.name).to(total.dtype)
+        split_BTO = examples.split(grad_y)
+        assert split_BTO is not None, "the scorer has looked"
+        grad_BTO = split_BTO.to(total.dtype)
         if examples.share_B is None:
             return grad_BTO
         share_B = examples.share_B.to(grad_BTO)
@@ -141,6 +144,9 @@ class _Scorer:
     def add(self, grad_y: torch.Tensor, x: torch.Tensor | None) -> None:
         """Called by backward with the gradient of the module's output and, where the weight is scored, its input."""
         single = self.rule.of_example is not None
+        if single and (self.examples.split(grad_y) is None or (x is not None and self.examples.split(x) is None)):
+            self.examples.mixed.update(total.name for total in self.sums.values())
+            return
         if x is not None and not (single and not self.examples.takes(self.sums["weight"].name)):
             total = self.sums["weight"]
             grad = self.rule.scaled(total, grad_y, self.examples)

@@ -68,6 +68,7 @@ def find_mask(
     budget, row, form = budget or Budget(density=0.005, of="targets"), as_metric(metric), Structure.parse(structure)
     if scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    _sync(model)
     names = resolve_targets(model, targets)
     parameters = base_parameters(model)
     shapes = {n: parameter_shape(parameters[n]) for n in names}
@@ -115,6 +116,13 @@ def find_mask(
     if row.source.reads_batches:
         made["examples"] = calibration.examples
     return SparsityMask(chooser.result(), shapes, made | run.notes)
+
+
+def _sync(model: nn.Module) -> None:
+    """An attached model's weights take up the optimizer's last step: some metrics read them with no forward before."""
+    tuner = getattr(model, "_speft_tuner", None)
+    if tuner is not None:
+        tuner.sync()
 
 
 def _in_shards(targets: list[nn.Parameter], row: Metric, peers: Peers | None) -> bool:
@@ -214,6 +222,7 @@ def saliency_scores(
 
     For small models, plots and oracles: it holds one number per scalar. UserError as in find_mask.
     """
+    _sync(model)
     row, names, parameters = as_metric(metric), resolve_targets(model, targets), base_parameters(model)
     if any(shards_of(p) > 1 for p in parameters.values()):
         raise UserError("saliency_scores needs the weights whole; they are partitioned over the ranks (ZeRO stage 3): use find_mask")

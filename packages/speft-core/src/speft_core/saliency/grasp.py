@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import UserError
 from ..targets import base_parameters
 from .accumulate import frozen
-from .passes import Pass, Statistics, mean_gradient
+from .passes import Pass, Statistics, frozen_gradient, mean_gradient
 from .sums import wide_dtype
 
 HESSIANS = ("auto", "exact", "finite")
@@ -104,16 +104,17 @@ def _finite(run: Pass, names: Sequence[str]) -> Statistics:
     if length == 0:
         return {n: torch.zeros_like(gradient[n]) for n in names}
     epsilon = run.options.get("step", STEP) * size / length
-    saved = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
+    with frozen(run.model) as again:  # around all of it: to freeze an attached model is to write base + values
+        saved = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
 
-    def gradient_at(signed: float) -> Statistics:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(saved[name].add(gradient[name], alpha=signed))
-        return mean_gradient(run, names)
+        def gradient_at(signed: float) -> Statistics:
+            for name, parameter in parameters.items():
+                parameter.data.copy_(saved[name].add(gradient[name], alpha=signed))
+            return frozen_gradient(run, names, again)
 
-    try:
-        ahead, behind = gradient_at(epsilon), gradient_at(-epsilon)
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(saved[name])
+        try:
+            ahead, behind = gradient_at(epsilon), gradient_at(-epsilon)
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data.copy_(saved[name])
     return {n: ahead[n].sub_(behind[n]).div_(2 * epsilon) for n in names}

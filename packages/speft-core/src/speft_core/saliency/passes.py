@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..partitioned import Recompute
 from ..targets import base_parameters, owners_of, parameter_shape
 from .accumulate import Examples, Rule, accumulating, frozen, is_batched, is_conv1d
 from .calibration import Batch, Calibration, batch_size, sequence_length, shares_of_examples
@@ -47,14 +48,15 @@ def mean_gradient(run: Pass, names: Sequence[str]) -> Statistics:
 
     Each batch counts by its number of examples, so that a short last batch weighs less. Dropout is off meanwhile.
     """
+    with frozen(run.model) as again:
+        return frozen_gradient(run, names, again)
+
+
+def frozen_gradient(run: Pass, names: Sequence[str], again: Recompute) -> Statistics:
+    """`mean_gradient` of a model that is frozen already, whose weights are taken as they are: perhaps not base + values."""
     sums = run.accumulators(names)
     run.calibration.shared = _combined(sums)
-    with (
-        frozen(run.model) as again,
-        recomputing(run.model, again),
-        accumulating(run.model, sums, Rule(), run.all_names),
-        torch.enable_grad(),
-    ):
+    with recomputing(run.model, again), accumulating(run.model, sums, Rule(), run.all_names), torch.enable_grad():
         for number, batch, size in run.calibration:
             loss = run.calibration.loss(number, batch).mean()
             # The product is exact for all batches as large as the first.
