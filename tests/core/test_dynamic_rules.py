@@ -14,7 +14,8 @@ import speft_core as sc
 
 def changing(mask: sc.SparsityMask, model: nn.Module, **settings: Any) -> sc.DynamicMask:
     tuner = sc.attach(model, mask, keep_empty=True)
-    return sc.DynamicMask(tuner=tuner, batches=lambda n: [pico.batch(model, seed=n)] if hasattr(model, "config") else [], interval=1, **settings)
+    settings.setdefault("batches", lambda n: [pico.batch(model, seed=n)])
+    return sc.DynamicMask(tuner=tuner, interval=1, **settings)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,8 @@ def test_a_structure_may_fill_its_budget_again() -> None:
     budget = sc.Budget(k=9)
     mask = sc.find_mask(model, metric={**scores, "0.weight": scores["0.weight"] + 1e-3}, budget=budget, structure="rows")
     first = mask.nnz
-    dynamic = changing(mask, model, metric={**scores, "0.weight": torch.ones(4, 8)}, find_options={"structure": "rows"})
+    other = {**scores, "0.weight": torch.ones(4, 8)}
+    dynamic = changing(mask, model, metric=other, find_options={"structure": "rows"}, batches=lambda n: [])
     dynamic.change()
     assert first < 8 <= dynamic.tuner.mask.nnz <= 9
     assert dynamic.tuner.mask.indices["0.weight"].numel() == 8

@@ -140,16 +140,15 @@ def test_a_classifier_starts_trains_and_scores_as_in_one_process(ran: Path) -> N
 
 def test_a_head_in_bf16_is_trained_in_fp32_in_shards_too(ran: Path) -> None:
     first = len(CASES) + len(BF16_CASES) + 2
-    for place, name in enumerate(SHORT_HEADS):
-        assert end_of(ran, first + place)["code"] == 0, (ran / "stderr").read_text()[-3000:]
+    for place in range(first, first + len(SHORT_HEADS)):
+        assert end_of(ran, place)["code"] == 0, (ran / "stderr").read_text()[-3000:]
     two, three = SHORT_HEADS
     assert losses(ran / "two" / two) == pytest.approx(losses(ran / "two" / three), abs=1e-4)
     heads = [sc.SparseAdapter.load(ran / "two" / name / "adapter").dense["score.weight"] for name in SHORT_HEADS]
     assert heads[0].dtype == torch.bfloat16 and torch.allclose(heads[0].float(), heads[1].float(), rtol=2**-6, atol=1e-4)
     for name in SHORT_HEADS:
         assert result(ran, name)["adapted"]["loss"] < result(ran, name)["base"]["loss"]
-        (kept,) = {path.name for path in (ran / "two" / name).glob("checkpoint-*/trainable.safetensors")}
-        state = load_file(max((ran / "two" / name).glob("checkpoint-*")) / kept)
+        state = load_file(ran / "two" / name / "checkpoint-6" / "trainable.safetensors")
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 

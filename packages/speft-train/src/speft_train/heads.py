@@ -16,7 +16,7 @@ from torch import nn
 
 from speft_core.errors import UserError
 from speft_core.partitioned import whole
-from speft_core.targets import parameter_shape
+from speft_core.targets import base_parameters, parameter_shape
 
 from . import shards
 from .config import RunConfig
@@ -34,13 +34,14 @@ def modules(model: Any) -> dict[str, nn.Module]:
 
 
 def parameter_names(model: Any) -> list[str]:
-    """Names of the head's parameters."""
-    return [f"{name}.{inner}" for name, module in modules(model).items() for inner, _ in module.named_parameters()]
+    """Names of the head's parameters, without what `attach` adds."""
+    head = modules(model)
+    return [name for name in base_parameters(model) if name.partition(".")[0] in head]
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
     """Copies of the head's parameters by name; of a model in shards on all ranks, which call this together."""
-    own = dict(model.named_parameters())
+    own = base_parameters(model)
     return shards.collected({name: own[name] for name in parameter_names(model)}, keeps=True)
 
 
@@ -57,7 +58,7 @@ def about(model: Any, cfg: RunConfig) -> str:
     settings = cfg.model.head
     start = "the vocabulary rows of " + ", ".join(settings.words.values()) if settings.words else "a random start"
     fate = "trained whole" if settings.train else "left frozen"
-    own = dict(model.named_parameters())
+    own = base_parameters(model)
     count = sum(math.prod(parameter_shape(own[name])) for name in parameter_names(model))
     return f"head: {', '.join(modules(model))}, {count:,} parameters, from {start}, {fate}"
 
