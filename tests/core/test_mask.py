@@ -156,3 +156,16 @@ def test_the_model_must_fit() -> None:
         mask.check_model(pico.opt())
     with pytest.raises(sc.UserError, match="has shape"):
         mask.check_model(pico.llama(intermediate_size=24))
+
+
+def test_indices_are_kept_in_the_form_that_files_and_compiled_code_have() -> None:
+    wide = torch.tensor([[1, 0], [5, 0]])
+    given = {"a": wide[:, 0], "b": torch.tensor([2, 3], dtype=torch.int32)}
+    mask = sc.SparsityMask(given, {"a": (2, 3), "b": (4,)})
+    assert given["a"].dtype == torch.int64 and mask.indices["b"] is given["b"]
+    assert mask.indices["a"].dtype == torch.int32 and mask.indices["a"].is_contiguous() and mask.indices["a"].tolist() == [1, 5]
+    assert mask == sc.SparsityMask({n: i.to(torch.int32) for n, i in given.items()}, mask.shapes)
+    large = sc.SparsityMask({"a": torch.tensor([1], dtype=torch.int32)}, {"a": (2**16, 2**16)})
+    assert large.indices["a"].dtype == torch.int64
+    with pytest.raises(sc.UserError, match="must lie in"):
+        sc.SparsityMask({"a": torch.tensor([2**32 + 1])}, {"a": (2, 3)})

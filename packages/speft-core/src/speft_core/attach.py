@@ -225,12 +225,13 @@ class Tuner:
         state = {f"values.{n}": p.detach() for n, p in self.values.items()}
         return state | {f"dense.{n}": p.detach() for n, p in self.dense.items()} | {"mask": self._mask_hash()}
 
-    def _mask_hash(self) -> torch.Tensor:
-        """[8] bytes that tell which entries are trained, as fp32 numbers: an average of states keeps them."""
+    def _mask_hash(self, wide: bool = False) -> torch.Tensor:
+        """[8] bytes that tell which entries are trained, as fp32 numbers: an average of states keeps them. wide: of int64 indices."""
         digest = hashlib.blake2b(digest_size=8)
         for name, slots in self._slots.items():
             digest.update(name.encode() + b"\0")
-            digest.update(slots[0].indices_K.cpu().numpy().data)
+            indices_K = slots[0].indices_K.cpu()
+            digest.update((indices_K.long() if wide else indices_K).numpy().data)
         return torch.tensor(list(digest.digest()), dtype=torch.float32)
 
     @torch.no_grad()
@@ -241,8 +242,10 @@ class Tuner:
         if set(own) != set(state) - {"mask"}:
             odd = sorted(set(own) ^ (set(state) - {"mask"}))[0]
             raise UserError(f"the saved values are of another mask: {odd!r} is in only one of the two")
-        if "mask" in state and not torch.equal(mask, state["mask"].detach().cpu().float().round()):  # states of earlier versions have none
-            raise UserError("the saved values are of another mask: it has the same sizes, but other entries")
+        if "mask" in state:  # states of earlier versions have none, or one of the int64 indices that a mask could have
+            saved = state["mask"].detach().cpu().float().round()
+            if not torch.equal(mask, saved) and not torch.equal(self._mask_hash(wide=True), saved):
+                raise UserError("the saved values are of another mask: it has the same sizes, but other entries")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise UserError(f"{name} has shape {tuple(state[name].shape)}, this mask wants {tuple(tensor.shape)}")

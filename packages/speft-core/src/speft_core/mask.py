@@ -80,7 +80,7 @@ class Budget:
 class SparsityMask:
     """Which scalars are trained.
 
-    indices: parameter name -> sorted unique flat indices (int32; int64 for tensors of 2**31 elements and more).
+    indices: parameter name -> sorted unique flat indices; kept as int32 (int64 for tensors of 2**31 elements and more), contiguous.
     shapes: parameter name -> shape of the whole parameter.
     made: how the mask came about (metric, scope, seed, budget, targets, ...); plain JSON values.
     """
@@ -95,6 +95,9 @@ class SparsityMask:
             raise UserError(f"a mask needs indices and a shape for each name, {odd!r} has only one of them")
         for name, indices_K in self.indices.items():
             check_indices(name, indices_K, self.shapes[name])
+        # One form, as in files: compiled code reads no other, and hashes of a mask must not tell one from another.
+        kept = {n: i.to(gaps.index_dtype(math.prod(self.shapes[n]))).contiguous() for n, i in self.indices.items()}
+        object.__setattr__(self, "indices", kept)
 
     @property
     def names(self) -> list[str]:
