@@ -136,6 +136,36 @@ def test_an_adapter_goes_on_and_off_a_gpu_and_moves_between_devices() -> None:
     assert same_bits(bits(model), {name: tensor.cpu() for name, tensor in before.items()})
 
 
+def test_a_tuner_and_a_bank_follow_their_model_to_a_gpu_and_back() -> None:
+    model = pico.llama()
+    before, given = bits(model), pico.batch(model)
+    masks = [sc.find_mask(model, [given], "random", sc.Budget(k=90), seed=seed) for seed in range(2)]
+    names = [n for n in masks[0].names if all(m.indices[n].numel() for m in masks)]
+    masks = [sc.SparsityMask({n: m.indices[n] for n in names}, {n: m.shapes[n] for n in names}) for m in masks]
+    tuner = sc.attach(model, masks[0])
+    for number, device in enumerate(("cpu", "cuda", "cpu", "cuda")):
+        model.to(device)
+        with torch.no_grad():
+            for values_K in tuner.values.values():
+                values_K.add_(torch.randn_like(values_K), alpha=0.1)
+        adapter = tuner.adapter()
+        tuner.remask(masks[(number + 1) % 2])
+    assert tuner.parked
+    tuner.detach()
+    assert same_bits(bits(model.cpu()), before)
+    bank = sc.AdapterBank(model, {"a": adapter})
+    bank.switch("a")
+    adapted = bits(model)
+    for device in ("cuda", "cpu"):
+        model.to(device)
+        bank.switch(None)
+        assert same_bits({n: t.cpu() for n, t in bits(model).items()}, before)
+        bank.switch("a")
+        assert same_bits({n: t.cpu() for n, t in bits(model).items()}, adapted)
+    bank.close()
+    assert same_bits(bits(model), before)
+
+
 def test_a_bank_answers_each_row_by_its_adapter_on_a_gpu() -> None:
     model = pico.llama().cuda()
     before, given = bits(model), batch(model)

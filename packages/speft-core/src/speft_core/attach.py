@@ -23,7 +23,7 @@ from .mask import SparsityMask, random_origin
 from .ops.plans import PLANS
 from .outside import Outside
 from .partitioned import own_part, whole
-from .remask import Parked, remask, restore_parked, with_parked
+from .remask import Parked, put_back, remask, with_parked
 from .slots import AttachedForward, Slot, check_adaptable
 from .targets import base_parameters, check_reachable, owners_of, parameter_shape
 from .together import Together
@@ -145,9 +145,9 @@ class Tuner:
                     self.fingerprint[name] = fingerprint(weight, indices_K.to(weight.device))
                     for module, attribute in owners[id(weight)]:
                         slot = Slot(name, module, attribute, indices_K, backward, keep_dtype, together)
-                        if self._slots[name]:  # tied: one Parameter serves all owners
-                            module.register_parameter(f"{attribute}_values", self.values[name])
                         self._slots[name].append(slot)
+                        if name in self.values:  # tied: one Parameter serves all owners
+                            module.register_parameter(f"{attribute}_values", self.values[name])
                         by_module.setdefault(module, []).append(slot)
                         self.values[name] = slot.values_K
                 together.add(self._slots[name])
@@ -158,19 +158,23 @@ class Tuner:
                         self._whole[name] = WholeSlot(name, module, attribute, together)
                     by_module.setdefault(module, []).append(self._whole[name])
                     self.dense[name] = self._whole[name].values_K
-        except UserError:
-            self._remove_slots()
+            self._install(by_module, together)
+        except BaseException:  # Ctrl-C and a full memory too
+            self._take_off()
             raise
+        model._speft_tuner = self  # type: ignore[assignment]
+
+    def _install(self, by_module: dict[nn.Module, list[Slot]], together: Together) -> None:
         for parameter in self._required_grad:
             parameter.requires_grad_(False)
         for parameter in self.dense.values():
             parameter.requires_grad_(True)
-        self._forwards = [AttachedForward(module, slots, self.parked) for module, slots in by_module.items()]
-        for forward in self._forwards:
+        for module, slots in by_module.items():
+            forward = AttachedForward(module, slots, self.parked)
             forward.install()
-        self.outside = Outside(model, self._forwards, together)
+            self._forwards.append(forward)
+        self.outside = Outside(self.model, self._forwards, together)
         self._install_input_gradients()
-        model._speft_tuner = self  # type: ignore[assignment]
 
     def _install_input_gradients(self) -> None:
         """Reentrant gradient checkpointing drops gradients unless a segment's input wants one; make the embeddings' output do."""
@@ -305,30 +309,34 @@ class Tuner:
         remask(self, mask, revert)
 
     def detach(self) -> None:
-        """Restore every bit of the base, dense parameters and requires_grad included. A second call does nothing."""
+        """Restore every bit of the base, dense parameters and requires_grad included. A second call does nothing.
+
+        Should it fail while it writes, the tuner stays attached: call it again.
+        """
         if getattr(self.model, "_speft_tuner", None) is not self:
             return
-        self.outside.remove()
-        for forward in self._forwards:
-            forward.remove()
-        for hook in self._hooks:
-            hook.remove()
-        restore_parked(self)
-        self._remove_slots()
+        put_back(self)
         with torch.no_grad():
             for name, parameter in self._dense_weights.items():
                 own_part(parameter).copy_(self._dense_before[name])
                 parameter.grad = None
-        for parameter, required in self._required_grad.items():
-            parameter.requires_grad_(required)
+        self._take_off()
+        self.parked.clear()
         del self.model._speft_tuner
 
-    def _remove_slots(self) -> None:
-        for slots in self._slots.values():
+    def _take_off(self) -> None:
+        """Take everything off the model, also what was put on in part. The weights hold the base by now."""
+        if hasattr(self, "outside"):
+            self.outside.remove()
+        for forward in self._forwards:
+            forward.remove()
+        for hook in self._hooks:
+            hook.remove()
+        for slots in (*self._slots.values(), self._whole.values()):
             for slot in slots:
                 slot.remove()
-        for slot in self._whole.values():
-            slot.remove()
+        for parameter, required in self._required_grad.items():
+            parameter.requires_grad_(required)
 
 
 def library_versions() -> dict[str, str]:

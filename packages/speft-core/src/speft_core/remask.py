@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from .errors import UserError
 from .fingerprint import fingerprint
 from .gaps import index_dtype
 from .mask import SparsityMask
+from .partitioned import is_partitioned
 from .writing import add_values, gather, scatter
 
 if TYPE_CHECKING:
@@ -34,10 +36,17 @@ class Parked:
     values_P: torch.Tensor
     base_P: torch.Tensor
 
+    def to(self, device: torch.device) -> Parked:
+        """The same on `device`: they are no part of the model, which may have moved since."""
+        if self.values_P.device == device:
+            return self
+        return Parked(self.indices_P.to(device), self.values_P.to(device), self.base_P.to(device))
+
     def loaded_from(self, weight: torch.Tensor) -> Parked:
         """The same entries with the change that a newly loaded weight holds."""
-        wide_P = gather(weight, self.indices_P).to(self.values_P.dtype)
-        return Parked(self.indices_P, wide_P - self.base_P.to(wide_P.dtype), self.base_P)
+        here = self.to(weight.device)
+        wide_P = gather(weight, here.indices_P).to(here.values_P.dtype)
+        return Parked(here.indices_P, wide_P - here.base_P.to(wide_P.dtype), here.base_P)
 
 
 def active(tuner: Tuner, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +61,7 @@ def union(tuner: Tuner, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     parked = tuner.parked.get(name)
     if parked is None:
         return indices_K, values_K
+    parked = parked.to(values_K.device)
     indices_U, order_U = torch.cat([indices_K, parked.indices_P]).sort()
     return indices_U, torch.cat([values_K, parked.values_P])[order_U]
 
@@ -138,18 +148,25 @@ def with_parked(tuner: Tuner, name: str, delta: SparseDelta) -> SparseDelta:
     parked = tuner.parked.get(name)
     if parked is None:
         return delta
+    weight = tuner._slots[name][0].weight
+    parked = parked.to(weight.device)
     rounded_P = parked.values_P.to(delta.values_K.dtype)
     tuner.parked[name] = Parked(parked.indices_P, rounded_P.to(parked.values_P.dtype), parked.base_P)
-    scatter(tuner._slots[name][0].weight, parked.indices_P, add_values(parked.base_P, rounded_P))
+    scatter(weight, parked.indices_P, add_values(parked.base_P, rounded_P))
     indices_U, order_U = torch.cat([delta.indices_K, parked.indices_P.cpu()]).sort()
     return SparseDelta(indices_U, torch.cat([delta.values_K, rounded_P.cpu()])[order_U], delta.shape)
 
 
-def restore_parked(tuner: Tuner) -> None:
-    """Put the base's bits back where entries rest."""
-    for name, parked in tuner.parked.items():
-        scatter(tuner._slots[name][0].weight, parked.indices_P, parked.base_P)
-    tuner.parked.clear()
+@torch.no_grad()
+def put_back(tuner: Tuner) -> None:
+    """Put the base's bits back, where entries train and where they rest. Nothing is forgotten: it can be done again."""
+    for each in (*chain(*tuner._slots.values()), *tuner._whole.values()):
+        each.stale = True  # should what follows fail: forwards write again
+    for name, (slot, *_) in tuner._slots.items():
+        if not is_partitioned(slot.weight):  # whose shards never lost them
+            scatter(slot.weight, slot.indices_K, slot.base_K)
+        if name in tuner.parked:
+            scatter(slot.weight, tuner.parked[name].indices_P, tuner.parked[name].base_P)
 
 
 def snapshot(tuner: Tuner) -> dict[str, torch.Tensor]:

@@ -64,9 +64,11 @@ class Slot:
         if weight.dtype == torch.float64:
             values_K = nn.Parameter(values_K.data.double())
         indices_K = indices_K.to(weight.device)
+        base_K = gather(weight, indices_K)
+        # Nothing is put onto the module before all of it is there: memory may run out.
         module.register_parameter(f"{attribute}_values", values_K)
         module.register_buffer(f"{attribute}_indices", indices_K, persistent=False)
-        module.register_buffer(f"{attribute}_base", gather(weight, indices_K), persistent=False)
+        module.register_buffer(f"{attribute}_base", base_K, persistent=False)
 
     def _choose(self, indices_K: torch.Tensor, weight: torch.Tensor) -> None:
         layout = Layout.of(indices_K, (weight.shape[0], weight.shape[1]))

@@ -23,15 +23,15 @@ def flat_view(weight: torch.Tensor) -> torch.Tensor:
 
 
 def gather(weight: torch.Tensor, indices_K: torch.Tensor) -> torch.Tensor:
-    """A copy of the K entries of `weight` at `indices_K`, in the weight's dtype."""
+    """A copy of the K entries of `weight` at `indices_K`, in the weight's dtype and on its device, to which the model may have moved."""
     base_K = torch.empty(indices_K.numel(), dtype=weight.dtype, device=weight.device)
-    _run("take", [(weight, indices_K, base_K, None)])
+    _run("take", [(weight, indices_K.to(weight.device), base_K, None)])
     return base_K
 
 
 def scatter(weight: torch.Tensor, indices_K: torch.Tensor, entries_K: torch.Tensor) -> None:
-    """Write `entries_K` (any dtype, rounded to the weight's) at `indices_K` of `weight`, in place."""
-    _run("put", [(weight, indices_K, entries_K.to(weight.dtype), None)])
+    """Write `entries_K` (any dtype, rounded to the weight's; any device) at `indices_K` of `weight`, in place."""
+    _run("put", [(weight, indices_K.to(weight.device), entries_K.to(weight.device, weight.dtype), None)])
 
 
 def write_sum(weight: torch.Tensor, indices_K: torch.Tensor, base_K: torch.Tensor, values_K: torch.Tensor) -> None:
@@ -94,7 +94,7 @@ class Entries:
             _go("put", self._fast, self._slow)
             return
         for weight, (_, indices_K, base_K, _) in zip(weights, self._changes, strict=True):
-            scatter(weight, indices_K.to(weight.device), base_K.to(weight.device))
+            scatter(weight, indices_K, base_K)
 
 
 def _buffers(places: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
