@@ -60,6 +60,7 @@ def test_a_raw_config_wins_and_is_merged(tmp_path: Path) -> None:
         ("{", "is not a JSON file"),
         ("[1]", "must hold a JSON object; got list"),
         ('{"train_batch_size": 8}', "train_batch_size follows from the train section; got 8, allowed: auto"),
+        ('{"bf16": true}', "bf16 must be a mapping; got True"),
     ],
 )
 def test_a_raw_config_that_cannot_be_used_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:

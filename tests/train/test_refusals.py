@@ -36,7 +36,14 @@ REFUSED = [
     (dict(deepspeed={"config": {"bf16": {"enabled": True}}}), "stage 0 DeepSpeed scales the updates wrongly"),
     (dict(deepspeed={"zero_stage": 2}, fp16=True), "train.fp16 cannot train sparse values"),
     (dict(bf16=True), "train.bf16 computes float32 weights in bfloat16 anew"),
-    (dict(deepspeed={"zero_stage": 2}, bf16=True), "casts the base weights to bfloat16 for good"),
+    *(
+        (dict(deepspeed={"zero_stage": stage}, method=method, bf16=True), "DeepSpeed cast the base weights for good")
+        for method in ("sparse", "lora", "pissa", "dora", "head", "bitfit")
+        for stage in (1, 2)
+    ),
+    (dict(deepspeed={"zero_stage": 2}, method="lora", fp16=True), "DeepSpeed cast the base weights for good"),
+    (dict(deepspeed={"offload_optimizer": "cpu", "config": {"steps_per_print": 5}}), "at stage 0 DeepSpeed offloads nothing"),
+    (dict(deepspeed={"config": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}), "at stage 0 DeepSpeed offloads nothing"),
     (dict(save_only_model=True), "from which no run can resume"),
     (dict(bf16_full_eval=True), "cast the base weights for good"),
     (
@@ -56,6 +63,10 @@ ALLOWED = [
     *(dict(deepspeed={"zero_stage": stage}, dtype="bfloat16") for stage in (0, 1, 2, 3)),
     dict(deepspeed={"zero_stage": 2}, dtype="bfloat16", bf16=True),
     dict(deepspeed={"zero_stage": 2}, method="full", bf16=True),
+    dict(deepspeed={"zero_stage": 2}, method="lora", dtype="bfloat16", bf16=True),
+    dict(deepspeed={"zero_stage": 1}, method="head", dtype="float16", fp16=True),
+    dict(deepspeed={"config": {"zero_optimization": {"stage": 1}}, "offload_optimizer": "cpu"}),
+    dict(deepspeed={"zero_stage": 3, "config": {"zero_optimization": {"offload_param": None}}}),
     dict(deepspeed={"zero_stage": 2, "offload_optimizer": "cpu"}),
     dict(deepspeed={"zero_stage": 2}, head={"weight_decay": 0.0}),
     dict(deepspeed={"config": {"optimizer": {"type": "AdamW"}}}),
@@ -99,3 +110,57 @@ def test_metrics_of_whole_weights_are_refused_where_ranks_hold_shards(metric: st
         refusals.check(cfg)
     refusals.check(replace(cfg, adapter=replace(cfg.adapter, mask="mask.safetensors")))
     refusals.check(replace(cfg, deepspeed=replace(cfg.deepspeed, zero_stage=2)))
+
+
+def test_an_optimizer_is_not_offloaded_at_stage_0_in_a_plain_process_either() -> None:
+    with pytest.raises(UserError, match="deepspeed.offload_optimizer: cpu needs zero_stage 1, 2 or 3"):
+        made(deepspeed={"enabled": False, "offload_optimizer": "cpu"})
+
+
+ADAM = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-7, "weight_decay": 0.1}
+AS_ADAM = dict(learning_rate=1e-3, adam_beta2=0.95, adam_epsilon=1e-7, weight_decay=0.1)
+WARMUP = {"warmup_max_lr": 1e-3, "warmup_num_steps": 3, "total_num_steps": 30}
+
+
+def raw(**sections: Any) -> dict[str, Any]:
+    return {"zero_stage": 2, "config": sections}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(deepspeed=raw(bf16={"enabled": True}), dtype="bfloat16"),
+         "bf16.enabled is True, but by train.bf16 it is False; set bf16.enabled to auto"),
+        (dict(deepspeed=raw(bf16={"enabled": False}), dtype="bfloat16", bf16=True), "bf16.enabled is False, but by train.bf16 it is True"),
+        (dict(deepspeed=raw(optimizer={"params": {"lr": 1e-3}})), "optimizer.params.lr is 0.001, but by train.learning_rate it is 5e-05"),
+        (dict(deepspeed=raw(optimizer={"params": ADAM}), **{**AS_ADAM, "adam_beta2": 0.9}),
+         r"optimizer.params.betas is \[0.9, 0.95\], but by train.adam_beta1 and train.adam_beta2 it is \[0.9, 0.9\]"),
+        (dict(deepspeed=raw(optimizer={"params": ADAM}), **{**AS_ADAM, "adam_epsilon": 1e-8}), "optimizer.params.eps is 1e-07"),
+        (dict(deepspeed=raw(optimizer={"params": ADAM}), **{**AS_ADAM, "weight_decay": 0.0}), "optimizer.params.weight_decay is 0.1"),
+        (dict(deepspeed=raw(scheduler={"params": WARMUP}), learning_rate=2e-3, warmup_steps=3, max_steps=30), "warmup_max_lr is 0.001"),
+        (dict(deepspeed=raw(scheduler={"params": WARMUP}), learning_rate=1e-3, warmup_steps=0.2, max_steps=30),
+         "warmup_num_steps is 3, .* it is 6"),
+        (dict(deepspeed=raw(scheduler={"params": WARMUP}), learning_rate=1e-3, warmup_steps=3, max_steps=20),
+         "total_num_steps is 30, .* it is 20"),
+        (dict(deepspeed=raw(scheduler={"params": WARMUP}), learning_rate=1e-3, warmup_steps=3),
+         "total_num_steps follows from the size of the data; got 30"),
+    ],
+)  # fmt: skip
+def test_a_deepspeed_config_that_says_otherwise_than_the_train_section(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=f"^deepspeed.config: (scheduler.params.)?{told}") as error:
+        refusals.check(made(**settings))
+    assert "\n" not in str(error.value) and "; deepspeed.config" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(deepspeed=raw(bf16={"enabled": True}), dtype="bfloat16", bf16=True),
+        dict(deepspeed=raw(bf16={"enabled": "auto"}, optimizer={"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0}})),
+        dict(deepspeed=raw(optimizer={"params": ADAM}), **AS_ADAM),
+        dict(deepspeed=raw(scheduler={"params": WARMUP}), learning_rate=1e-3, warmup_steps=0.1, max_steps=30),
+        dict(deepspeed=raw(scheduler={"params": {"warmup_num_steps": 1, "total_num_steps": "auto"}})),
+    ],
+)
+def test_a_deepspeed_config_that_says_the_same_is_taken(settings: dict[str, Any]) -> None:
+    refusals.check(made(**settings))

@@ -283,4 +283,6 @@ def _check_together(tree: Mapping[str, Any]) -> list[str]:
     deepspeed = tree.get("deepspeed") or {}
     if deepspeed.get("offload_param") == "cpu" and deepspeed.get("zero_stage", 0) != 3:
         mistakes.append(f"deepspeed.offload_param: cpu needs zero_stage 3; got stage {deepspeed.get('zero_stage', 0)}")
+    if deepspeed.get("offload_optimizer") == "cpu" and not deepspeed.get("zero_stage") and not deepspeed.get("config"):
+        mistakes.append("deepspeed.offload_optimizer: cpu needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed offloads nothing")
     return mistakes

@@ -23,6 +23,8 @@ from .ranks import Ranks
 WAIT = timedelta(hours=6)
 # Keys of a raw DeepSpeed config that follow from the train section; "auto" is always right for them.
 FROM_TRAIN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+# Those of its keys that are looked into here.
+SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 # What DeepSpeed puts on a partitioned parameter beside names that start with ds_.
 PARTITIONED = (
     "is_external_param", "all_gather", "all_gather_coalesced", "partition", "reduce_gradients_at_owner",
@@ -116,6 +118,8 @@ def settings(section: DeepspeedSection) -> dict[str, Any]:
     for key, value in raw.items():
         if key in FROM_TRAIN and value != "auto":
             raise UserError(f"deepspeed.config: {key} follows from the train section; got {value!r}, allowed: auto")
+        if key in SECTIONS and not isinstance(value, Mapping):
+            raise UserError(f"deepspeed.config: {key} must be a mapping; got {value!r}")
         both = isinstance(value, Mapping) and isinstance(made.get(key), Mapping)
         made[key] = {**made[key], **value} if both else value
     for key in FROM_TRAIN:
@@ -128,6 +132,18 @@ def settings(section: DeepspeedSection) -> dict[str, Any]:
 def zero_stage(section: DeepspeedSection) -> int:
     """The ZeRO stage, from the raw config if that names one."""
     return int(settings(section)["zero_optimization"].get("stage", 0))
+
+
+def offload_device(zero: Mapping[str, Any], key: str) -> str | None:
+    """Where `offload_optimizer` or `offload_param` of a zero_optimization section puts them; None for the accelerator."""
+    device = (zero.get(key) or {}).get("device")
+    return None if device in (None, "none") else str(device)
+
+
+def offloaded(zero: Mapping[str, Any], stage: int) -> set[str]:
+    """What a ZeRO stage keeps off the accelerator: the "optimizer" from stage 1, the "weights" at stage 3."""
+    first = (("optimizer", "offload_optimizer", 1), ("weights", "offload_param", 3))
+    return {what for what, key, least in first if stage >= least and offload_device(zero, key)}
 
 
 def save_optimizer(engine: Any, folder: str) -> None:
@@ -163,9 +179,9 @@ def cutter(section: DeepspeedSection) -> Callable[[Any], None]:
     import torch
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    offload = settings(section)["zero_optimization"].get("offload_param", {})
-    device = None if offload.get("device") in (None, "none") else offload["device"]
-    pin = bool(device and offload.get("pin_memory", False))
+    zero = settings(section)["zero_optimization"]
+    device = offload_device(zero, "offload_param")
+    pin = bool(device and zero["offload_param"].get("pin_memory", False))
 
     def cut(parameter: Any) -> None:
         holder = torch.nn.Module()
@@ -210,14 +226,21 @@ def announced() -> Iterator[None]:
         known.unset_hf_deepspeed_config()
 
 
+def unannounce() -> None:
+    """transformers forgets the config of a training that has ended: at stage 3 the next model it makes, even one without weights,
+    would be cut up over the ranks, which one rank alone waits for without end.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def take_back(engine: Any, model: Any, ordinary: Iterable[Any]) -> None:
     """After training at stage 3: DeepSpeed's hooks are gone, `ordinary` parameters (those that it cut up) are whole again.
 
     Weights come back as they were partitioned, and stay so if the run holds them in shards.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # or the next model that is loaded would be partitioned by transformers
+    unannounce()
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     if offload is None:
         return

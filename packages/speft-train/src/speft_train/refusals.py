@@ -5,8 +5,10 @@ A rule is a row: when it holds, the run is refused. Most were found by comparing
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from speft_core.errors import UserError
@@ -32,6 +34,8 @@ class Setup:
     metric: str = ""  #: of the mask that is to be found, if one is
 
 
+# The half precisions of the train section, and the dtype that each casts weights to.
+HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 # Keys of zero_optimization under which gathered weights are not the ones that were partitioned.
 QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
@@ -75,9 +79,14 @@ RULES: tuple[Rule, ...] = (
         " model.dtype=bfloat16 and leave train.bf16 false: weights in bfloat16, values in float32",
     ),
     (
-        lambda s: s.half == "bf16" and s.method == "sparse" and s.dtype != "bfloat16",
-        "train.bf16 on DeepSpeed casts the base weights to bfloat16 for good, so that detaching could not restore them;"
-        " set model.dtype=bfloat16 (train.bf16 can stay false: values are then kept in float32)",
+        lambda s: s.deepspeed and s.half is not None and s.method != "full" and s.dtype != HALVES[s.half],
+        "train.bf16 and train.fp16 on DeepSpeed cast the base weights for good: what is measured before training and after it would have"
+        " different bases, and detaching could not restore the weights; set model.dtype=bfloat16 (train.bf16 can stay false: what is"
+        " trained is then kept in float32)",
+    ),
+    (
+        lambda s: s.deepspeed and s.stage == 0 and engine.offload_device(s.raw["zero_optimization"], "offload_optimizer") is not None,
+        "offload_optimizer needs deepspeed.zero_stage 1, 2 or 3; at stage 0 DeepSpeed offloads nothing and does not say so",
     ),
     (
         lambda s: s.deepspeed and "optimizer" in s.raw and s.train.get("optim") is not None,
@@ -92,7 +101,7 @@ RULES: tuple[Rule, ...] = (
         "deepspeed.config: zero_hpz_partition_size is untested with sparse values; remove it",
     ),
     (
-        lambda s: any(s.raw.get("zero_optimization", {}).get(key, {}).get("device") == "nvme" for key in engine.OFFLOADS),
+        lambda s: any(engine.offload_device(s.raw.get("zero_optimization", {}), key) == "nvme" for key in engine.OFFLOADS),
         "deepspeed.config: offload to nvme is untested with sparse values; allowed: cpu, none",
     ),
     (
@@ -133,9 +142,9 @@ def check(cfg: RunConfig, dtype: str | None = None) -> None:
     """Raise a UserError with every reason for which this run is refused."""
     on = engine.is_enabled(cfg.deepspeed)
     raw = engine.settings(cfg.deepspeed) if on else {}
-    half = next((name for name in ("bf16", "fp16") if cfg.train.get(name)), None)
+    half = next((name for name in HALVES if cfg.train.get(name)), None)
     if half is None:
-        half = next((name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled") is True), None)
+        half = next((name for name in HALVES if raw.get(name, {}).get("enabled") is True), None)
     setup = Setup(
         method=cfg.adapter.method,
         dtype=dtype or cfg.model.dtype,
@@ -149,6 +158,68 @@ def check(cfg: RunConfig, dtype: str | None = None) -> None:
         shards=engine.shards_weights(cfg.deepspeed, engine.launched_ranks()[1]),
         metric=cfg.adapter.metric if cfg.adapter.method == "sparse" and not cfg.adapter.mask else "",
     )
-    reasons = [reason for holds, reason in RULES if holds(setup)]
+    reasons = [reason for holds, reason in RULES if holds(setup)] + disagreements(setup.train, raw)
     if reasons:
         raise UserError("; ".join(reasons))
+
+
+def disagreements(train: Mapping[str, Any], raw: Mapping[str, Any]) -> list[str]:
+    """Where a DeepSpeed config says otherwise than the train section: transformers compares the two as well, but only when training
+    starts, after all that comes before.
+    """
+    given = {key: value for key in COMPARED if (value := _reach(raw, key)) not in (None, "auto")}
+    if not given:
+        return []
+    said = {**_defaults(), **train}
+    found = []
+    for key, value in given.items():
+        fields_of, expected_of = COMPARED[key]
+        names, expected = " and ".join(f"train.{name}" for name in fields_of), expected_of(said)
+        if expected is None:
+            found.append(f"deepspeed.config: {key} follows from the size of the data; got {value!r}, allowed: auto, or set train.max_steps")
+        elif value != expected:
+            found.append(
+                f"deepspeed.config: {key} is {value!r}, but by {names} it is {expected!r}; set {key} to auto, or both to one value"
+            )
+    return found
+
+
+def _reach(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """What TrainingArguments takes where the train section says nothing."""
+    from transformers import TrainingArguments
+
+    return {f.name: f.default for f in fields(TrainingArguments)}
+
+
+def _total(train: Mapping[str, Any]) -> int | None:
+    """Steps in all, as far as the train section alone tells."""
+    return int(train["max_steps"]) if train["max_steps"] > 0 else None
+
+
+def _warmup(train: Mapping[str, Any]) -> int | None:
+    """Steps of warming up: a share of all below 1; at least one, as transformers has it."""
+    steps, total = train["warmup_steps"], _total(train)
+    if 0 < steps < 1:
+        return None if total is None else max(1, math.ceil(total * steps))
+    return max(1, int(steps))
+
+
+# Key of a DeepSpeed config -> the fields of the train section that it follows from, and its value by them (None: the data tell).
+COMPARED: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
+    "bf16.enabled": (("bf16",), lambda t: bool(t["bf16"])),
+    "fp16.enabled": (("fp16",), lambda t: bool(t["fp16"])),
+    "optimizer.params.lr": (("learning_rate",), lambda t: t["learning_rate"]),
+    "optimizer.params.betas": (("adam_beta1", "adam_beta2"), lambda t: [t["adam_beta1"], t["adam_beta2"]]),
+    "optimizer.params.eps": (("adam_epsilon",), lambda t: t["adam_epsilon"]),
+    "optimizer.params.weight_decay": (("weight_decay",), lambda t: t["weight_decay"]),
+    "scheduler.params.warmup_max_lr": (("learning_rate",), lambda t: t["learning_rate"]),
+    "scheduler.params.warmup_num_steps": (("warmup_steps",), _warmup),
+    "scheduler.params.total_num_steps": (("max_steps",), _total),
+}
