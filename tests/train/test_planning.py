@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from typer.testing import CliRunner
 
 import speft_core as sc
@@ -125,6 +126,23 @@ def test_out_of_memory_names_a_smaller_micro_batch(cfg: config.RunConfig) -> Non
     assert "activation_checkpointing" in str(planning.advice(cfg, 1, 1e3))
 
 
+def test_advice_makes_no_model_in_shards(cfg: config.RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While training at stage 3 transformers cuts up every model that it makes, with collectives that other ranks would have to join."""
+    deepspeed = pytest.importorskip("deepspeed")
+    monkeypatch.setattr(deepspeed.zero, "Init", lambda *args, **kwargs: pytest.fail("a model would be cut up"))
+    known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    stage3 = replace(cfg, deepspeed=replace(cfg.deepspeed, enabled=True, zero_stage=3))
+    assert is_deepspeed_zero3_enabled()
+    assert planning.advice(stage3, 2, 1e12) == "train.per_device_train_batch_size=2 (now 4)"
+    assert known.is_zero3() and not is_deepspeed_zero3_enabled()
+
+
+def test_a_planner_that_fails_is_told_as_a_model_that_cannot_be_planned(cfg: config.RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "meta_model", lambda cfg: 1 // 0)
+    with pytest.raises(UserError, match="cannot be planned: ZeroDivisionError"):
+        planning.advice(cfg, 1, 1e12)
+
+
 def test_a_limit_on_the_accumulators_is_a_limit_in_the_plan(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
     limited = Planner(replace(cfg, adapter=replace(cfg.adapter, memory_limit="1kB")), "sparse", LENGTH)
     one, own = Setting(length=LENGTH), side["sparse"]
@@ -173,3 +191,58 @@ def test_a_model_that_needs_data_is_one_line(
     with pytest.raises(UserError, match="runs the model without data, which .* cannot do"):
         planning.show(experts, 1, 80e9, 32, Console(quiet=True))
     assert "Traceback" not in capfd.readouterr().err
+
+
+def with_deepspeed(cfg: config.RunConfig, **fields: Any) -> config.RunConfig:
+    return replace(cfg, deepspeed=replace(cfg.deepspeed, **fields))
+
+
+def test_what_is_offloaded_is_not_on_the_gpu(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
+    four = Setting(gpus=4, length=LENGTH, accumulation=2)
+    for method in planning.METHODS:
+        plain = side[method]
+        moved = Planner(with_deepspeed(cfg, offload_optimizer="cpu", offload_param="cpu", zero_stage=3), method, LENGTH)
+        for stage in ZERO_STAGES:
+            before, after = plain.rows(stage, four, 1), moved.rows(stage, four, 1)
+            gone = {what for what in before if after[what] < before[what]}
+            assert gone == {0: set(), 3: {"weights", "optimizer", *({"values"} if method != "full" else ())}}.get(stage, {"optimizer"})
+            assert all(after[what] == 0 for what in gone) and plain.in_host_memory(stage, four) == 0
+            assert plain.peak(stage, four, 1) - moved.peak(stage, four, 1) == moved.in_host_memory(stage, four)
+        assert moved.rows(3, Setting(length=LENGTH), 1)["gathered weights"] > 0  # one GPU holds what it needs at the time
+        if method == "sparse":
+            assert plain.mask_peak(3, four) - moved.mask_peak(3, four) == plain.weights // 4
+            assert plain.mask_peak(2, four) == moved.mask_peak(2, four)
+
+
+def test_the_raw_deepspeed_config_sizes_the_buffers(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
+    raw = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100, "stage3_max_live_parameters": 50.0}}
+    planner, two = Planner(with_deepspeed(cfg, config=raw), "full", LENGTH), Setting(gpus=2, length=LENGTH)
+    assert planner.rows(3, two, 1)["communication"] == 400 < side["full"].rows(3, two, 1)["communication"]
+    assert planner.rows(3, two, 1)["gathered weights"] == 50 * planner.size < side["full"].rows(3, two, 1)["gathered weights"]
+    auto = Planner(with_deepspeed(cfg, config={"zero_optimization": {"reduce_bucket_size": "auto"}}), "full", LENGTH)
+    assert auto.rows(3, two, 1)["communication"] == 4 * 64**2
+
+
+def test_the_tables_show_host_memory_where_something_is_offloaded(tmp_path: Path, model: Path) -> None:
+    file = make_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    words = ["plan", str(file), "--gpus", "8", "--length", "32", "adapter.targets=all-linear"]
+    assert "host memory" not in CliRunner().invoke(cli.app, words).output
+    found = CliRunner().invoke(cli.app, [*words, "deepspeed.zero_stage=3", "deepspeed.offload_optimizer=cpu"])
+    assert found.exit_code == 0 and "offloaded to host memory" in found.output
+
+
+def test_the_dry_run_leaves_out_what_is_offloaded(cfg: config.RunConfig, side: dict[str, Planner]) -> None:
+    planner = side["sparse"]
+    moved = with_deepspeed(cfg, enabled=True, offload_optimizer="cpu", offload_param="cpu", zero_stage=3)
+    counted = dict(plan.memory_rows(moved, models.meta_model(moved), planner.k, planner.pool, 2))
+    assert counted["weights"] == counted["optimizer"] == 0
+    assert counted["weights + saliency accumulators, before training"] == 4 * (planner.pool // 2)
+
+
+def test_a_decoder_without_a_padding_token_is_planned_as_a_classifier(tmp_path: Path, cfg: config.RunConfig) -> None:
+    fields = {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 260, "pad_token_id": None}
+    LlamaConfig(**fields).save_pretrained(tmp_path / "m")
+    classifier = replace(cfg, model=replace(cfg.model, name=str(tmp_path / "m"), task="sequence_classification"))
+    assert models.load_model_config(classifier).pad_token_id is None
+    planner = Planner(classifier, "sparse", LENGTH)
+    assert planner.step(2).kept > planner.step(1).kept > 0

@@ -80,23 +80,28 @@ def _targets(parameters: dict[str, Any], names: list[str]) -> Table:
 
 
 def memory_rows(cfg: RunConfig, model: Any, k: int, pool: int, world: int) -> list[tuple[str, int]]:
-    """(what, bytes on each device) while training; kept activations come on top."""
-    stage = engine.zero_stage(cfg.deepspeed) if engine.is_enabled(cfg.deepspeed) else 0
+    """(what, bytes on each device) while training, without what is offloaded; kept activations come on top."""
+    on = engine.is_enabled(cfg.deepspeed)
+    zero = engine.settings(cfg.deepspeed)["zero_optimization"] if on else {}
+    stage = int(zero.get("stage", 0))
+    host = engine.offloaded(zero, stage)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     size = model.dtype.itemsize
     sharded = world if stage >= 1 else 1
-    rows = [("weights", weights // (world if stage == 3 else 1))]
+    shards = world if stage == 3 else 1
+    rows = [("weights", 0 if "weights" in host else weights // shards)]
     if cfg.adapter.method == "sparse":
         rows += [("values (float32)", VALUE * k), ("indices and base entries", (INDEX + LAYOUT + size) * k)]
     elif cfg.adapter.method in methods_peft.KINDS:
         rows.append((f"{cfg.adapter.method} matrices (float32)", VALUE * k))
     rows.append(("gradients", (size if cfg.adapter.method == "full" else GRADIENT) * k // (world if stage >= 2 else 1)))
     moments = 2 * size if cfg.adapter.method == "full" and stage == 0 else MOMENTS
-    rows.append(("optimizer", (moments + (MASTER if stage >= 1 else 0)) * k // sharded))
+    held = 0 if "optimizer" in host else moments + (MASTER if stage >= 1 else 0)
+    rows.append(("optimizer", held * k // sharded))
     rows.append(("sum", sum(count for _, count in rows)))
-    shards = world if stage == 3 else 1
     if scores := accumulators(cfg.adapter, pool // shards):
-        rows.append(("weights + saliency accumulators, before training", weights // shards + scores))
+        before = 0 if shards > 1 and "weights" in host else weights // shards
+        rows.append(("weights + saliency accumulators, before training", before + scores))
     return rows
 
 

@@ -7,6 +7,7 @@ come from a step on tensors without data (simulate.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -74,6 +75,9 @@ class Planner:
         rank = methods_peft.lora_rank(model, self.cfg.adapter) if method == "lora" else 0
         self.what = simulate.Trained(density=self.k / self.pool, rank=rank)
         self.layers = int(getattr(model.config, "num_hidden_layers", 0))
+        self.zero = engine.settings(replace(cfg.deepspeed, zero_stage=3))["zero_optimization"]
+        self.bucket = _elements(self.zero.get("reduce_bucket_size"), int(getattr(model.config, "hidden_size", 0)) ** 2)
+        self.live = _elements(self.zero.get("stage3_max_live_parameters"), engine.LIVE_PARAMETERS)
         self._steps: dict[tuple[int, bool], simulate.Step] = {}
 
     def _simulated(self, rows: int, scores: bool) -> simulate.Step:
@@ -96,26 +100,43 @@ class Planner:
     def rows(self, stage: int, setting: Setting, micro: int) -> dict[str, int]:
         """What -> bytes on each GPU while training, in the order of ROWS; their sum is the peak."""
         n, step, full = setting.gpus, self.step(micro), self.method == "full"
-        bucket = GRADIENT * min(self.k, engine.REDUCE_BUCKET)
+        bucket = GRADIENT * min(self.k, self.bucket)
         own = self.size if full else VALUE  # bytes of a trained scalar as the model holds it
-        master = MASTER if stage >= 1 else 0
-        moments = 2 * self.size if full and stage == 0 else MOMENTS
+        host = engine.offloaded(self.zero, stage)
+        held = {what: 0 if place in host else count for what, (place, count) in self._movable(stage, n).items()}
+        in_parts = stage == 3 and (n > 1 or "weights" in host)
         gradients = own * self.k // (n if stage >= 2 else 1)
         if stage <= 1 and setting.accumulation == 1:  # gradients come as activations go
             gradients = min(gradients, max(0, step.with_gradients - step.peak))
         found = {
-            "weights": self.weights // (n if stage == 3 else 1),
-            "gathered weights": min(self.weights, engine.LIVE_PARAMETERS * self.size) if stage == 3 and n > 1 else 0,
-            "values": 0 if full else VALUE * self.k // (n if stage == 3 else 1),
+            "weights": held["weights"],
+            "gathered weights": min(self.weights, self.live * self.size) if in_parts else 0,
+            "values": held["values"],
             "indices": (INDEX + LAYOUT + self.size) * self.k if self.method == "sparse" else 0,
             "kept activations": step.kept,
             "workspace": max(0, step.peak - step.kept),
             "gradients": gradients,
-            "optimizer": (moments + master) * self.k // (n if stage >= 1 else 1),
+            "optimizer": held["optimizer"],
             "communication": bucket if n > 1 or stage >= 1 else 0,
         }
         assert tuple(found) == ROWS
         return found
+
+    def _movable(self, stage: int, gpus: int) -> dict[str, tuple[str, int]]:
+        """Row -> which of DeepSpeed's offloads moves it to host memory, and its bytes for each GPU."""
+        full, shards = self.method == "full", gpus if stage == 3 else 1
+        moments = 2 * self.size if full and stage == 0 else MOMENTS
+        master = MASTER if stage >= 1 else 0
+        return {
+            "weights": ("weights", self.weights // shards),
+            "values": ("weights", 0 if full else VALUE * self.k // shards),
+            "optimizer": ("optimizer", (moments + master) * self.k // (gpus if stage >= 1 else 1)),
+        }
+
+    def in_host_memory(self, stage: int, setting: Setting) -> int:
+        """Bytes that are offloaded while training, for each GPU."""
+        host = engine.offloaded(self.zero, stage)
+        return sum(count for place, count in self._movable(stage, setting.gpus).values() if place in host)
 
     def peak(self, stage: int, setting: Setting, micro: int) -> int:
         """Bytes on each GPU while training."""
@@ -124,8 +145,12 @@ class Planner:
     def accumulators(self, stage: int, setting: Setting) -> int:
         """Bytes of the saliency pass's sums on each GPU; of shares at stage 3."""
         shards = setting.gpus if stage == 3 else 1
-        free = max(0, int(setting.memory) - self.weights // shards)
+        free = max(0, int(setting.memory) - self._weights_while_scoring(stage, shards))
         return accumulators(self.cfg.adapter, self.pool // shards, free // 2)
+
+    def _weights_while_scoring(self, stage: int, shards: int) -> int:
+        """Bytes of the weights on each GPU before training: on one GPU nothing is in shards yet, nor offloaded."""
+        return 0 if shards > 1 and "weights" in engine.offloaded(self.zero, stage) else self.weights // shards
 
     def mask_peak(self, stage: int, setting: Setting) -> int:
         """Bytes on each GPU while the mask is found: weights, sums, and a step of the calibration batch; or 0.
@@ -138,7 +163,8 @@ class Planner:
             return 0
         layer = (self.size + 2 * VALUE) * self.largest_target if shards > 1 else 0
         layer += self.block if shards > 1 and self.cfg.train.get("activation_checkpointing") else 0
-        return self.weights // shards + sums + layer + self.step(self.cfg.adapter.calibration_batch_size, scores=True).peak
+        step = self.step(self.cfg.adapter.calibration_batch_size, scores=True)
+        return self._weights_while_scoring(stage, shards) + sums + layer + step.peak
 
     def largest(self, stage: int, setting: Setting) -> int:
         """The largest micro-batch that fits; 0 when none does."""
@@ -167,6 +193,11 @@ def accumulators(section: AdapterSection, pool: int, room: int | None = None) ->
     limit = bytes_of(section.memory_limit)
     limit = room if limit is None else limit
     return 4 * pool if limit is None else min(4 * pool, limit)
+
+
+def _elements(given: Any, otherwise: int) -> int:
+    """A count of a DeepSpeed config, or what stands for "auto" there."""
+    return int(given) if isinstance(given, (int, float)) else otherwise
 
 
 def _line(first: simulate.Step, second: simulate.Step, steps: float) -> simulate.Step:
@@ -229,6 +260,8 @@ def _bytes_table(planner: Planner, setting: Setting) -> Table:
             table.add_row(what, *(f"{column[what] / GB:.3f}" for column in columns))
     table.add_section()
     table.add_row("while training", *(f"{sum(column.values()) / GB:.2f}" for column in columns))
+    if any(host := [planner.in_host_memory(stage, setting) for stage in ZERO_STAGES]):
+        table.add_row("offloaded to host memory", *(f"{count / GB:.2f}" for count in host))
     if accumulators(planner.cfg.adapter, planner.pool):
         sums = [planner.accumulators(stage, setting) for stage in ZERO_STAGES]
         table.add_row("saliency accumulators", *(f"{count / GB:.3f}" for count in sums))
@@ -256,8 +289,18 @@ def _verdict(planner: Planner, stage: int, setting: Setting) -> str:
 def advice(cfg: RunConfig, world: int, memory: float) -> str:
     """For a run that went out of memory: the micro-batch that the plan holds possible, or what else would help.
 
-    UserError for a method or a model that cannot be planned.
+    UserError for a method or a model that cannot be planned, whatever the planner stumbles over: the run has failed of something else.
     """
+    engine.unannounce()
+    try:
+        return _advice(cfg, world, memory)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{cfg.model.name} cannot be planned: {type(error).__name__}: {error}") from error
+
+
+def _advice(cfg: RunConfig, world: int, memory: float) -> str:
     stage = engine.zero_stage(cfg.deepspeed) if engine.is_enabled(cfg.deepspeed) else 0
     micro, accumulation = batch_plan(cfg, world)
     setting = Setting(gpus=world, memory=memory, length=cfg.data.max_length, micro=micro, accumulation=accumulation)

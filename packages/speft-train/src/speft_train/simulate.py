@@ -130,6 +130,9 @@ def _empty_model(cfg: RunConfig, layers: int | None) -> Any:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
+    text = config.get_text_config()
+    if cfg.model.task == "sequence_classification" and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0  # a run takes the tokenizer's; without one decoders refuse more than one example
     auto = getattr(transformers, models.TASKS[cfg.model.task])
     with no_init_weights():
         model = auto.from_config(config, dtype=models.DTYPES.get(cfg.model.dtype, config.dtype))
