@@ -3,7 +3,7 @@
 On a decoder the head is a matrix on the last real token's state, without a bias (SpaRTA, arXiv 2502.15975): random with
 the small spread 0.06 / sqrt(width) for a base model, or the rows of the vocabulary head that belong to answer words, for
 a model that follows instructions. The vocabulary head and the embeddings are never touched. An encoder keeps the head
-of its architecture.
+of its architecture, and a checkpoint that is a classifier of as many classes its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .data.labels import LabelSpace
 
 BASE_SPREAD = 0.06
+IS_LOADED = "_speft_head_is_loaded"  # on a model: its head came with the checkpoint
 
 
 def modules(model: Any) -> dict[str, nn.Module]:
@@ -56,15 +57,20 @@ def trained(model: Any, cfg: RunConfig) -> list[str]:
 def about(model: Any, cfg: RunConfig) -> str:
     """One line on the head's policy."""
     settings = cfg.model.head
-    start = "the vocabulary rows of " + ", ".join(settings.words.values()) if settings.words else "a random start"
+    start = "the checkpoint" if getattr(model, IS_LOADED, False) else "a random start"
+    if settings.words:
+        start = "the vocabulary rows of " + ", ".join(settings.words.values())
     fate = "trained whole" if settings.train else "left frozen"
     own = base_parameters(model)
     count = sum(math.prod(parameter_shape(own[name])) for name in parameter_names(model))
     return f"head: {', '.join(modules(model))}, {count:,} parameters, from {start}, {fate}"
 
 
-def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int = 1) -> None:
-    """Give a fresh head its first values, the same for a seed."""
+def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int = 1, is_loaded: bool = False) -> None:
+    """Give a fresh head its first values, the same for a seed. One that came with the checkpoint keeps its own, unless the config
+    asks for a start (init_std, words; bias).
+    """
+    setattr(model, IS_LOADED, is_loaded and cfg.model.head.init_std is None)
     with whole(_last(model).parameters(), change=True):  # that of a classifier's checkpoint lies in shards already
         _start_weights(model, tokenizer, cfg, labels, world)
         if cfg.model.head.bias == "labels" and labels.blind:
@@ -95,7 +101,7 @@ def _start_weights(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpac
         with torch.no_grad():
             last.weight.copy_(rows_OH)
         return
-    if settings.init_std is None and is_encoder(model.config):
+    if settings.init_std is None and (getattr(model, IS_LOADED) or is_encoder(model.config)):
         return
     spread = settings.init_std or BASE_SPREAD / math.sqrt(last.in_features)
     generator = torch.Generator().manual_seed(cfg.seed)

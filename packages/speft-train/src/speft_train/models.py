@@ -35,8 +35,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of `cfg.model`, in eval mode on the CPU, and its tokenizer with a padding token.
 
-    labels: of a classification; the head gets as many outputs and starts as heads.py says. Of a run whose `world` ranks keep
-    the weights in shards no rank ever holds them all.
+    labels: of a classification; the head gets as many outputs, and where the checkpoint has none it starts as heads.py says.
+    Of a run whose `world` ranks keep the weights in shards no rank ever holds them all.
     """
     import transformers
 
@@ -53,13 +53,14 @@ def load_model(
     with one_line_errors(cfg.model), shards.loading(cfg.deepspeed, world) as finish:
         # A checkpoint that was a classifier of other classes gets a new head.
         options = {**_source(cfg.model), "ignore_mismatched_sizes": labels is not None}
-        model = auto.from_pretrained(where, config=config, dtype=_dtype(cfg.model), **options)
+        model, info = auto.from_pretrained(where, config=config, dtype=_dtype(cfg.model), output_loading_info=True, **options)
     if cfg.model.name.startswith(bundled.PREFIX):
         model.config._name_or_path = cfg.model.name  # not the cache folder of this machine
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if labels is not None:
-        heads.start(model, tokenizer, cfg, labels, world)
+        new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        heads.start(model, tokenizer, cfg, labels, world, is_loaded=not new & set(heads.parameter_names(model)))
     finish(model)
     return model.eval(), tokenizer
 
