@@ -56,6 +56,21 @@ class Settings:
                 f" give --jobs {len(self.devices)}, or fewer devices"
             )
 
+    def check_devices(self) -> None:
+        """UserError for a GPU that is not on this machine: its runs would train on the CPU and not say so."""
+        if not self.devices:
+            return
+        import torch
+
+        count = torch.cuda.device_count()
+        if not count:
+            raise UserError(f"--devices must name GPUs of this machine; got {','.join(self.devices)}, and torch finds none: leave it out")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        known = [str(n) for n in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
+        for name in self.devices:
+            if name not in known and not name.startswith(("GPU-", "MIG-")):
+                raise UserError(f"--devices must name GPUs that can be used here: {', '.join(known)}; got {name}")
+
 
 class Devices:
     """Hands out GPUs: each run gets the one with the fewest runs on it, so with no more runs than GPUs a free one."""
@@ -84,6 +99,8 @@ def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | No
     if dry_run:
         plan(sweep, console)
         return
+    if not settings.table_only:
+        settings.check_devices()
     tuning = any(len(sweep.candidates(row)) > 1 for row in sweep.rows)
     chosen = _tuned(sweep, console, settings) if tuning else {}
     cells = [
