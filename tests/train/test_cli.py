@@ -118,3 +118,23 @@ def test_the_launcher_s_local_rank_may_stand_first(tmp_path: Path, model: Path, 
     found = CliRunner().invoke(cli.app, ["run", "--local_rank=0", str(config), "train.max_steps=3", "--dry-run"])
     assert found.exit_code == 0, found.output
     assert "3 steps" in found.output
+
+
+def test_another_rank_waits_for_the_launcher_before_it_tells_of_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 has mostly found the same, and left; then the launcher ends this rank. If it does not, this rank alone knows."""
+    waits: list[float] = []
+
+    def wrong() -> None:
+        raise UserError("no such key")
+
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: waits.append(seconds))
+    assert cli.guarded(wrong) == 2 and capsys.readouterr().err == "error: no such key\n" and not waits
+    monkeypatch.setenv("RANK", "1")
+    assert cli.guarded(wrong) == 2 and capsys.readouterr().err == "rank 1: error: no such key\n" and waits == [cli.PATIENCE]
+    monkeypatch.setattr(cli, "_have_joined", lambda: True)  # ranks that talk hear of each other's end
+    assert cli.guarded(wrong) == 2 and capsys.readouterr().err == "rank 1: error: no such key\n" and len(waits) == 1
+    monkeypatch.setattr(cli, "_have_joined", lambda: False)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    assert cli.guarded(wrong) == 2 and capsys.readouterr().err == ""

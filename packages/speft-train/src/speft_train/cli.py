@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from speft_core.errors import UserError
 from .signals import Stopped, handled
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+PATIENCE = 30.0  # seconds between the ranks of one launch until they find the same mistake; launchers look every second or more often
 
 app = typer.Typer(
     help="Sparse fine-tuning runs of language models.",
@@ -62,7 +64,7 @@ def sweep_command(
     axes, plain = list(grid or []), list[str]()
     for item in overrides or []:  # --grid a=1,2 b=3,4: what follows the first axis and lists values is an axis too
         (axes if grid and "," in item.partition("=")[2] and "[" not in item else plain).append(item)
-    settings = sweep.Settings(lock=lock, jobs=jobs, devices=[d for d in devices.split(",") if d], table_only=table)
+    settings = sweep.Settings(lock=lock, jobs=jobs, devices=[d.strip() for d in devices.split(",") if d.strip()], table_only=table)
     _quiet()
     raise typer.Exit(guarded(lambda: sweep.execute(config, plain, axes, seeds, dry_run, settings)))
 
@@ -252,8 +254,29 @@ def _quiet() -> None:
 
 
 def _fail(message: str) -> int:
-    _print(f"error: {message}")
+    if not _is_told_by_rank_0():
+        _print(f"error: {message}")
     return USAGE_ERROR
+
+
+def _is_told_by_rank_0() -> bool:
+    """Whether rank 0 found an error too: before the ranks have joined they all read the same config, and mostly find the same.
+
+    Nobody can be asked yet. But the launcher ends this rank as soon as rank 0 has told and left; if it does not within a while, this
+    rank alone knows.
+    """
+    if os.environ.get("RANK", "0") == "0" or _have_joined():
+        return False
+    try:
+        time.sleep(PATIENCE)
+    except Stopped:
+        return True
+    return False
+
+
+def _have_joined() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _print(message: str) -> None:
