@@ -135,7 +135,7 @@ class EvaluateConfig:
     max_new_tokens: int = key(256, "longest generated answer in tokens", minimum=1)
     limit: int | None = key(None, "number of test rows that are evaluated, the first ones", minimum=1)
     validation: bool = key(
-        False, "measure what was trained on the validation data too where there are test data, as classifications always do", added=True
+        False, "measure the validation data beside the test data, as a classification always does", added=True
     )
     examples: int = key(5, "generated answers shown in the report", minimum=0)
 
