@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 Numbers = Sequence[float]
@@ -17,13 +18,14 @@ def accuracy(expected: Numbers, predicted: Numbers) -> float:
     return float(accuracy_score(expected, predicted))
 
 
-def f1(expected: Numbers, predicted: Numbers) -> float:
-    """F1 of the second of two classes, as GLUE counts it (1 of 0 and 1); of more classes the unweighted mean."""
+def f1(expected: Numbers, predicted: Numbers, classes: int) -> float:
+    """F1 of the second of two `classes`, as GLUE counts it (1 of 0 and 1); of more the unweighted mean over those that any label
+    or prediction names, as scikit-learn takes it.
+    """
     from sklearn.metrics import f1_score
 
-    labels = sorted({*expected, *predicted, 0, 1})
-    average, pos = ("binary", 1) if labels == [0, 1] else ("macro", 1)
-    return float(f1_score(expected, predicted, labels=labels, average=average, pos_label=pos, zero_division=0.0))
+    which: dict[str, Any] = {"labels": [0, 1], "average": "binary"} if classes == 2 else {"average": "macro"}
+    return float(f1_score(expected, predicted, **which, zero_division=0.0))
 
 
 def matthews(expected: Numbers, predicted: Numbers) -> float:
@@ -47,7 +49,7 @@ def spearman(expected: Numbers, predicted: Numbers) -> float:
     return _correlation(spearmanr, expected, predicted)
 
 
-CLASSES: dict[str, Callable[[Numbers, Numbers], float]] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+CLASSES: dict[str, Callable[..., float]] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 NUMBERS: dict[str, Callable[[Numbers, Numbers], float]] = {"pearson": pearson, "spearman": spearman}
 
 
@@ -57,7 +59,8 @@ def figures(expected: Numbers, outputs: Sequence[Sequence[float]], regression: b
         values = [row[0] for row in outputs]
         return {name: metric(expected, values) for name, metric in NUMBERS.items()}
     chosen = [max(range(len(row)), key=row.__getitem__) for row in outputs]
-    return {name: metric(expected, chosen) for name, metric in CLASSES.items()}
+    metrics = CLASSES | {"f1": partial(f1, classes=len(outputs[0]))}  # how many there are, not how many come up here
+    return {name: metric(expected, chosen) for name, metric in metrics.items()}
 
 
 def _correlation(function: Callable[..., Any], expected: Numbers, predicted: Numbers) -> float:
