@@ -315,3 +315,17 @@ def test_reading_a_config_imports_nothing_slow() -> None:
         "slow = {'transformers', 'datasets', 'deepspeed', 'accelerate', 'peft'} & set(sys.modules); assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_settings_that_would_not_be_read_are_mistakes(tmp_path: Path) -> None:
+    path, classes = write(tmp_path, SMALL), "model.task=sequence_classification"
+    told = message(path, "data.system_prompt=Be brief.", "data.instruction=Is {text} good")
+    assert "has 2 mistakes" in told
+    assert "data.system_prompt: is for data.template chat; the template is question_answer" in told
+    assert "data.instruction: is for model.task sequence_classification; the task is causal_lm" in told
+    assert "data.system_prompt: is for" in message(path, classes, "data.instruction=Is {text} good", "data.system_prompt=Be brief.")
+    assert "data.template: chat needs data.instruction in a classification" in message(path, classes, "data.template=chat")
+    read = ["data.template=chat", "data.system_prompt=Be brief."]
+    both = load_config(path, [classes, "data.instruction=Is {text} good", *read])
+    assert both.data.system_prompt == load_config(path, read).data.system_prompt == "Be brief."
+    assert load_config(path, [classes, "data.instruction=Is {text} good"]).data.template == "question_answer"

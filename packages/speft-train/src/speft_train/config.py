@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from speft_core.errors import UserError
 
 from .config_adapter import AdapterSection, BudgetConfig, DynamicConfig, check_adapter
-from .config_checks import check_tree, key
+from .config_checks import check_read, check_tree, key
 from .config_layers import read_layers
 from .config_names import METRICS, PROBLEM_KINDS, TASKS, TEMPLATES
 from .train_args import check_best, with_no
@@ -276,8 +276,8 @@ def _check_together(tree: Mapping[str, Any]) -> list[str]:
     """Rules that need more than one key."""
     train = tree.get("train") or {}
     mistakes = check_adapter(tree.get("adapter") or {})
-    task, labels = (tree.get("model") or {}).get("task", "causal_lm"), (tree.get("data") or {}).get("labels", "auto")
-    mistakes += check_best(train, task, labels)
+    task, data = (tree.get("model") or {}).get("task", "causal_lm"), tree.get("data") or {}
+    mistakes += check_best(train, task, data.get("labels", "auto")) + check_read(task, data)
     if "global_batch_size" in train and "gradient_accumulation_steps" in train:
         mistakes.append("train: set global_batch_size or gradient_accumulation_steps, not both; the first works out the second")
     deepspeed = tree.get("deepspeed") or {}
