@@ -15,6 +15,7 @@ from pico_tokenizers import byte_level
 from speft_core import UserError
 from speft_train.config import RunConfig, from_mapping
 from speft_train.data.collate import Collator
+from speft_train.data.templates import TEMPLATES
 from speft_train.data.tokens import TokenDataset
 from speft_train.evaluate import batches, generate_exact_match, generate_greedy, held_out_loss
 from speft_train.evaluate.generate import end_ids
@@ -168,7 +169,8 @@ def exact_match(monkeypatch: pytest.MonkeyPatch, answers: list[str], rows: list[
         return answers[: len(prompts)]
 
     monkeypatch.setattr(module, "generate_greedy", answered)
-    return generate_exact_match(None, byte_level(), rows, config(**evaluate))  # type: ignore[arg-type]
+    examples = [TEMPLATES["question_answer"].render(row, byte_level(), None) for row in rows]
+    return generate_exact_match(None, byte_level(), examples, config(**evaluate))  # type: ignore[arg-type]
 
 
 def test_exact_match_strict_and_flexible(monkeypatch: pytest.MonkeyPatch) -> None:

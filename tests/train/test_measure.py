@@ -168,6 +168,17 @@ def test_a_mask_alone_needs_nothing_to_measure(tmp_path: Path, model: Path) -> N
             {"train": {"eval_strategy": "steps"}, "data": {"validation_rows": [{"question": "a" * 300, "answer": "1"}]}},
             "every validation example is longer than data.max_length (256)",
         ),
+        (
+            {"evaluate": {"validation": True}, "data": {"validation_rows": [{"question": "a", "answer": "nothing"}]}},
+            "'nothing' has none",
+        ),
+        (
+            {
+                "evaluate": {"validation": True, "generation": False},
+                "data": {"validation_rows": [{"question": "a" * 300, "answer": "1"}]},
+            },
+            "every validation example is longer than data.max_length (256)",
+        ),
         ({"data": {"test_rows": [{"question": "a", "answer": ""}] * 2}}, "answer is empty in all of them (2)"),
         ({"data": {"rows": [{"question": "", "answer": "1"}] * 9}}, "question is empty in all of them (9)"),
         ({"data": {"rows": [*pairs(9), {"question": "a"}]}}, "row 10: answer must be text that is not empty; got None"),

@@ -234,3 +234,14 @@ def test_calibration_rows_are_different_examples_fixed_by_the_seed(tmp_path: Pat
     assert len(set(chosen)) == 6 and set(chosen) <= set(range(10))
     assert calibration_rows(train, 6, seed=1) == chosen != calibration_rows(train, 6, seed=2)
     assert sorted(calibration_rows(train, 99, seed=1)) == list(range(10))
+
+
+def test_a_column_that_comes_up_late_is_read_in_training_and_in_what_is_measured(tmp_path: Path) -> None:
+    """JSON Lines leave out what is empty, here for 150 rows; nothing depends on which rows stand together."""
+    rows = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(160)]
+    rows[150]["input"] = "loudly"
+    path = json_lines(tmp_path, rows)
+    bundle = build(config(train=path, test=path, validation=path, template="alpaca", max_length=400), byte_level())
+    for examples in (bundle.test_examples, bundle.validation_examples):
+        assert [n for n, example in enumerate(examples) if "### Input:\nloudly" in example.prompt] == [150]
+    assert "### Input:\nloudly" in byte_level().decode(bundle.train[150]["input_ids"])

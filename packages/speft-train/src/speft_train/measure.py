@@ -7,8 +7,9 @@ long to load.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speft_core.errors import UserError
 
@@ -16,9 +17,22 @@ from . import shards
 from .config import RunConfig
 from .context import Run
 
+if TYPE_CHECKING:
+    from .data.templates import Rendered
+
 Result = dict[str, Any]
 SHOWN = ("exact_match", "exact_match_last_number", "accuracy", "accuracy_per_character", "loss")
 NOTHING, OFF = "evaluate has nothing to measure", ", or evaluate.enabled=false"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Data that are measured. Each rank takes its share of what was rendered and tokenized for all."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    rendered: list[Rendered]  #: the rows as text
+    examples: Any  #: the tokenized ones that are not too long, or None
 
 
 def check_config(cfg: RunConfig) -> None:
@@ -48,20 +62,20 @@ def check_data(run: Run) -> None:
         if bundle.test is None and bundle.validation is None:
             raise UserError(_no_rows(cfg))
         return
-    from . import data, evaluate
+    from . import evaluate
 
-    rows, examples, split = _measured(run)
-    if not rows:
+    measured = splits(run, cfg.evaluate.validation)
+    if not measured[0].rows:
         raise UserError(_no_rows(cfg))
     if cfg.data.template == "multiple_choice":
         return
-    if cfg.evaluate.generation:
-        source = cfg.data.test or cfg.data.train
-        evaluate.references(data.render(rows[: cfg.evaluate.limit], run.tokenizer, cfg.data, source).examples)
-    elif examples is None:
-        raise UserError(
-            f"{NOTHING}: every {split} example is longer than data.max_length ({cfg.data.max_length}); raise it{OFF}"
-        )
+    for split in measured:
+        if cfg.evaluate.generation:
+            evaluate.references(split.rendered[: cfg.evaluate.limit])
+        elif split.examples is None:
+            raise UserError(
+                f"{NOTHING}: every {split.name} example is longer than data.max_length ({cfg.data.max_length}); raise it{OFF}"
+            )
 
 
 def figures(run: Run, model: Any, validation: bool = False) -> Result:
@@ -72,29 +86,32 @@ def figures(run: Run, model: Any, validation: bool = False) -> Result:
 
     if run.cfg.model.task == "sequence_classification":
         return classification.evaluate(run, model)
-    rows, examples, split = _measured(run)
-    found = _of_rows(run, model, rows, examples)
-    if split != "test":
-        found["split"] = split
-    elif validation and run.data.validation_rows:
-        found["validation"] = _of_rows(run, model, run.data.validation_rows, run.data.validation)
+    split, *beside = splits(run, validation)
+    found = _of_split(run, model, split)
+    if split.name != "test":
+        found["split"] = split.name
+    found |= {other.name: _of_split(run, model, other) for other in beside}
     run.say("  " + ", ".join(f"{name} {found[name]:.4f}" for name in SHOWN if name in found))
     return found
 
 
-def _of_rows(run: Run, model: Any, rows: list[dict[str, Any]], examples: Any) -> Result:
-    found = _answers(run, model, rows)
-    if run.cfg.evaluate.loss and examples is not None:
-        found = {**_loss(run, model, examples), **found}
+def _of_split(run: Run, model: Any, split: Split) -> Result:
+    found = _answers(run, model, split)
+    if run.cfg.evaluate.loss and split.examples is not None:
+        found = {**_loss(run, model, split.examples), **found}
     return found
 
 
-def _measured(run: Run) -> tuple[list[dict[str, Any]], Any, str]:
-    """(rows, the tokenized ones that are not too long or None, name of the split)."""
+def splits(run: Run, validation: bool = False) -> list[Split]:
+    """What is measured of a causal model: the test data, and the validation data in their place where there are none, or beside
+    them with `validation`.
+    """
     bundle = run.data
-    if bundle.test_rows:
-        return bundle.test_rows, bundle.test, "test"
-    return bundle.validation_rows, bundle.validation, "validation"
+    test = Split("test", bundle.test_rows, bundle.test_examples, bundle.test)
+    held = Split("validation", bundle.validation_rows, bundle.validation_examples, bundle.validation)
+    if not test.rows:
+        return [held]
+    return [test, held] if validation and held.rows else [test]
 
 
 def _no_rows(cfg: RunConfig) -> str:
@@ -104,18 +121,20 @@ def _no_rows(cfg: RunConfig) -> str:
     )
 
 
-def _answers(run: Run, model: Any, rows: list[dict[str, Any]]) -> Result:
+def _answers(run: Run, model: Any, split: Split) -> Result:
     """Likelihoods of choices, or exact match of what is generated."""
     from . import evaluate
 
+    measure: Any
+    wanted: list[Any]
     settings, ranks = run.cfg.evaluate, run.ranks
     if run.cfg.data.template == "multiple_choice":
-        measure: Any = evaluate.choose
+        measure, wanted = evaluate.choose, split.rows
     elif settings.generation:
-        measure = evaluate.generate_exact_match
+        measure, wanted = evaluate.generate_exact_match, split.rendered
     else:
         return {}
-    mine = ranks.share(list(rows[: settings.limit]))
+    mine: list[Any] = ranks.share(wanted[: settings.limit])
     with shards.evaluating(model, ranks):
         found = measure(model, run.tokenizer, mine, run.cfg, progress=run.shows_progress) if mine else {}
     return mean(ranks.gather(found), "count")

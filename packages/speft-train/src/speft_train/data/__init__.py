@@ -1,6 +1,6 @@
 """Data of a run: sources, templates, token data sets, batches."""
 
-from .build import DataBundle, build, calibration_rows, load_more_tests, load_splits, render
+from .build import DataBundle, build, calibration_rows, load_more_tests, load_splits
 from .collate import Collator, collator, left_padded
 from .sources import fingerprint, load_rows
 from .tokens import LengthReport, TokenDataset, prompt_ids, tokenize
@@ -19,6 +19,5 @@ __all__ = [
     "load_rows",
     "load_splits",
     "prompt_ids",
-    "render",
     "tokenize",
 ]

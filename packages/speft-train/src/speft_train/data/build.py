@@ -43,8 +43,10 @@ class DataBundle:
     validation: TokenDataset | None = None
     test: TokenDataset | None = None  # for the loss on held-out answers
     train_rows: Rows = field(default_factory=list)
-    test_rows: Rows = field(default_factory=list)  # for generation
+    test_rows: Rows = field(default_factory=list)  # for choices
     validation_rows: Rows = field(default_factory=list)  # the same, where there are no test data
+    test_examples: list[Rendered] = field(default_factory=list)  # these rows as text, for generation
+    validation_examples: list[Rendered] = field(default_factory=list)
     reports: dict[str, LengthReport] = field(default_factory=dict)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Collator:
@@ -66,26 +68,29 @@ def build(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     rows = load_splits(data)
     sets: dict[str, TokenDataset] = {}
     reports: dict[str, LengthReport] = {}
-    kept: dict[str, Rows] = {}
+    kept: dict[str, Usable] = {}
     for name, split_rows in rows.items():
         source = {"train": data.train, "validation": data.validation or data.train, "test": data.test or data.train}[name]
         usable = render(split_rows, tokenizer, data, source)
         prompts = data.prompt_loss and name == "train"
         sets[name], report = tokenize(usable.examples, tokenizer, data.max_length, data.overlong, prompts, name)
         reports[name] = replace(report, rows=len(split_rows), empty=usable.empty)
-        kept[name] = usable.rows
+        kept[name] = usable
     if reports["train"].used == 0:
         raise UserError(
             f"data.max_length must leave at least one training example;"
             f" {data.max_length} leaves none of {reports['train'].rows}"
         )
+    none = Usable(rows=[], examples=[], empty={})
     return DataBundle(
         train=sets["train"],
         validation=_non_empty(sets.get("validation")),
         test=_non_empty(sets.get("test")),
-        train_rows=kept["train"],
-        test_rows=kept.get("test", []),
-        validation_rows=kept.get("validation", []),
+        train_rows=kept["train"].rows,
+        test_rows=kept.get("test", none).rows,
+        validation_rows=kept.get("validation", none).rows,
+        test_examples=kept.get("test", none).examples,
+        validation_examples=kept.get("validation", none).examples,
         reports=reports,
     )
 

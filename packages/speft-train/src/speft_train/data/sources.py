@@ -192,5 +192,5 @@ READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
 
 
 def available_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Columns of the first hundred rows, in the order in which they come up."""
-    return list(dict.fromkeys(column for row in rows[:100] for column in row))
+    """Columns that any row has, in the order in which they come up: JSON Lines leave out what is empty, often for long."""
+    return list(dict.fromkeys(column for row in rows for column in row))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from speft_core.errors import UserError
 
 from ..config import RunConfig
-from ..data.build import render
 from ..data.templates import Rendered
 from ..data.tokens import prompt_ids
 from .generate import generate_greedy
@@ -22,21 +21,20 @@ if TYPE_CHECKING:
 def generate_exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    examples: Sequence[Rendered],
     cfg: RunConfig,
     description: str = "answering",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Generate an answer to every row (the first `evaluate.limit`) and compare its number with the row's.
+    """Generate an answer to every example (the first `evaluate.limit`) and compare its number with the example's.
 
     Returns exact_match and exact_match_last_number (shares of 1), count, seconds, and a few `examples` for the
     report, wrong ones first.
     """
     started = time.perf_counter()
-    kept = [dict(row) for row in rows[: cfg.evaluate.limit]]
-    if not kept:
+    examples = examples[: cfg.evaluate.limit]
+    if not examples:
         raise UserError("evaluate needs at least one test row; there is none: set data.test, or evaluate.enabled=false")
-    examples = render(kept, tokenizer, cfg.data, cfg.data.test or cfg.data.train).examples
     wanted = references(examples)
     answers = generate_greedy(
         model,
