@@ -6,6 +6,7 @@ by one, so a prompt has the same tokens in training and in generation.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from speft_core.errors import UserError, nearest
 
 Row = Mapping[str, Any]
+CALLS = ("tool_calls", "function_call")  # fields of an assistant's turn
+UNTOLD = "are not written by the tokenizer's chat template; use a model whose template writes them, or leave the row out"
 
 
 class EmptyText(UserError):
@@ -94,8 +97,8 @@ def _chat_columns(columns: Mapping[str, str], available: Sequence[str]) -> dict[
     """A chat of one question and one answer may stand in two columns."""
     question, answer = columns.get("question", "question"), columns.get("answer", "answer")
     if question in available and answer in available:
-        return {"question": question, "answer": answer}
-    return {"messages": "messages"}
+        return {"question": question, "answer": answer, "tools": columns.get("tools", "tools")}
+    return {"messages": "messages", "tools": columns.get("tools", "tools")}
 
 
 def _question_answer(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
@@ -123,12 +126,12 @@ def _alpaca(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
 
 
 def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
-    """The tokenizer's own chat template; every turn of the assistant is learnt."""
+    """The tokenizer's own chat template; every turn of the assistant is learnt, with the calls of tools in it."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "template chat needs a tokenizer with a chat template; this one has none: use question_answer or alpaca"
         )
-    messages = _messages(row, system)
+    messages, tools = _messages(row, system), _tools(row)
     pieces: list[Piece] = []
     done = ""
     for place, message in enumerate(messages):
@@ -139,8 +142,12 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
                 "messages must not start with a turn of the assistant, which answers nothing; leave the row out, or set"
                 " data.system_prompt where the chat template takes one"
             )
-        before = templated(tokenizer, messages[:place], add_generation_prompt=True)
-        after = templated(tokenizer, messages[: place + 1])
+        before = templated(tokenizer, messages[:place], True, tools)
+        after = templated(tokenizer, messages[: place + 1], False, tools)
+        if tools and not done and templated(tokenizer, messages[:place], True) == before:
+            raise UserError(f"tools {UNTOLD}")
+        if _calls(message):
+            _check_calls(tokenizer, messages[: place + 1], tools, after)
         if not (before.startswith(done) and after.startswith(before)):
             raise UserError(
                 "template chat needs a chat template in which later turns leave earlier ones as they are;"
@@ -154,17 +161,46 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
     return Rendered(tuple(pieces), special=False)
 
 
-def templated(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+def templated(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """Messages as the text of the tokenizer's chat template. UserError with its words where it refuses them.
 
     A template is a program that comes with the model, so what goes wrong in it can be any exception.
     """
+    options = {"add_generation_prompt": add_generation_prompt, "tools": tools or None}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:
         roles = ", ".join(m["role"] for m in messages[:6]) + (", ..." if len(messages) > 6 else "")
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the tokenizer's chat template refuses turns of {roles}: {said}") from None
+
+
+def after_turn(tokenizer: ChatTokenizer) -> str:
+    """What the chat template writes after the words of an assistant's turn; nothing where it does not take a plain exchange."""
+    words = "Yes"
+    try:
+        text = templated(tokenizer, [{"role": "user", "content": "Ready?"}, {"role": "assistant", "content": words}])
+    except UserError:
+        return ""
+    return text.rpartition(words)[2] if words in text else ""
+
+
+def _check_calls(
+    tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, text: str
+) -> None:
+    """UserError where the last turn's calls leave no trace in the text: its end would be learnt in their place."""
+    bare = {name: value for name, value in messages[-1].items() if name not in CALLS}
+    try:
+        lost = templated(tokenizer, [*messages[:-1], bare], False, tools) == text
+    except UserError:
+        return  # without them it is no turn
+    if lost:
+        raise UserError(f"{' and '.join(_calls(messages[-1]))} {UNTOLD}")
 
 
 def _multiple_choice(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
@@ -191,29 +227,54 @@ def right_choice(row: Row) -> int:
     return place
 
 
-def _messages(row: Row, system: str | None) -> list[dict[str, str]]:
+def _messages(row: Row, system: str | None) -> list[dict[str, Any]]:
+    """The turns of a row with all that they hold, for the chat template to take what it knows."""
     if "messages" not in row:
-        messages = [
+        messages: Any = [
             {"role": "user", "content": _text(row, "question")},
             {"role": "assistant", "content": _text(row, "answer")},
         ]
     else:
         messages = row["messages"]
-        right = isinstance(messages, Sequence) and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if isinstance(messages, str) or not right:
-            raise UserError("messages must be a list of mappings with the texts role and content")
-        messages = [dict(role=m["role"], content=m["content"]) for m in messages]
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if isinstance(messages, str) or not isinstance(messages, Sequence) or not all(map(_is_turn, messages)):
+            raise UserError("messages must be a list of mappings with the texts role and content (null beside tool_calls)")
+        # The Hub's tables give every turn the fields of all, empty where it has none of its own.
+        messages = [{name: value for name, value in m.items() if value is not None or name == "content"} for m in messages]
+        answers = [m for m in messages if m["role"] == "assistant"]
         if not answers:
             raise UserError("messages must hold a turn of the assistant; they hold none")
-        if not any(map(str.strip, answers)):
-            raise EmptyText("assistant", answers[-1])
+        if not any((m.get("content") or "").strip() or _calls(m) for m in answers):
+            raise EmptyText("assistant", answers[-1]["content"])
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    return list(messages)
+
+
+def _is_turn(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(_calls(message)))
+
+
+def _calls(message: Mapping[str, Any]) -> list[str]:
+    """The fields in which a turn calls tools: today's, and the one that came before it."""
+    return [name for name in CALLS if message.get(name)]
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    """The tools that a row offers, as JSON Schemas. Tables hold them as JSON text, since each has other fields."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or None
+        except ValueError:
+            pass
+    if tools is None:
+        return None
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+        raise UserError(f"tools must be a list of JSON Schemas, or one as JSON text; got {row['tools']!r}"[:200])
+    return [dict(tool) for tool in tools]
 
 
 def _text(row: Row, role: str) -> str:
@@ -231,6 +292,6 @@ def _text(row: Row, role: str) -> str:
 TEMPLATES: dict[str, Template] = {
     "question_answer": Template(("question", "answer"), (), _question_answer),
     "alpaca": Template(("instruction", "output"), ("input",), _alpaca),
-    "chat": Template(("messages",), ("question", "answer"), _chat),
+    "chat": Template(("messages",), ("question", "answer", "tools"), _chat),
     "multiple_choice": Template(("question", "choices", "answer"), (), _multiple_choice),
 }

@@ -11,7 +11,7 @@ from speft_core.errors import UserError
 from ..config import RunConfig
 from ..data.templates import Rendered
 from ..data.tokens import prompt_ids
-from .generate import generate_greedy
+from .generate import generate_greedy, turn_end
 from .numbers import last_number, reference_number, strict_number
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def generate_exact_match(
         [prompt_ids(example, tokenizer) for example in examples],
         max_new_tokens=cfg.evaluate.max_new_tokens,
         batch_size=cfg.evaluate.batch_size,
+        stop=turn_end(tokenizer) if cfg.data.template == "chat" else None,
         description=description,
         progress=progress,
     )
