@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from speft_core.errors import UserError
 
-from . import data, heads, models, shards
+from . import data, heads, models, positions, shards
 from .data.labelled import LabelledCollator, LabelledDataset, Rows, encode_rows, encoder, find_columns, sentence
 from .data.labels import LabelSpace, check_labels, label_space
 from .data.sources import available_columns
@@ -100,24 +100,10 @@ def load_model(run: Run, space: LabelSpace) -> None:
     cfg, reports = run.cfg, run.data.reports
     run.model, _ = models.load_model(cfg, space, run.tokenizer, run.ranks.world)
     longest = max(report.longest for report in reports.values())
-    room = positions(run.model)
+    room = positions.room(run.model)
     if room is not None and longest > room:
-        raise UserError(f"data.max_length must be at most the model's {room} positions; an example has {longest} tokens")
+        raise UserError(positions.too_long(room, longest))
     run.say(f"  {heads.about(run.model, cfg)}")
-
-
-def positions(model: Any) -> int | None:
-    """How many tokens of an example have a position; None where the config sets no end.
-
-    RoBERTa and its kin count from the row after the padding's: of a table of 514 rows 512 are used. They alone give the
-    table of positions a padding_idx.
-    """
-    room: int | None = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        skipped = getattr(module, "padding_idx", None)
-        if room is not None and name.endswith("position_embeddings") and skipped is not None:
-            return room - skipped - 1
-    return room
 
 
 def loss(outputs: Any, labels_B: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -21,7 +21,7 @@ def load(run: Run) -> Result:
     import torch
     from transformers.utils import logging
 
-    from . import classification, data, models
+    from . import classification, data, models, positions
 
     if not run.shows_progress:
         logging.disable_progress_bar()
@@ -35,10 +35,11 @@ def load(run: Run) -> Result:
         _check_data(run)
         classification.load_model(run, space)
     else:
-        models.load_model_config(run.cfg)  # what is no decoder is told before the data are read
+        config = models.load_model_config(run.cfg)  # what is no decoder is told before the data are read
         run.tokenizer = models.load_tokenizer(run.cfg)
         run.data = data.build(run.cfg, run.tokenizer)
         _check_data(run)
+        positions.check(run, config, measure.splits(run, run.cfg.evaluate.validation) if _measures(run) else [])
         run.model, _ = models.load_model(run.cfg, tokenizer=run.tokenizer, world=run.ranks.world)
     dtype = str(run.model.dtype).removeprefix("torch.")
     refusals.check(run.cfg, dtype)
@@ -58,8 +59,12 @@ def _check_data(run: Run) -> None:
     """What the data tell of the stages to come, while the model is not loaded and nothing is recorded."""
     if "train" in run.todo:
         training_args.check_data(run.cfg, run.ranks.world, run.data)
-    if {"base", "evaluate"} & set(run.todo):
+    if _measures(run):
         measure.check_data(run)
+
+
+def _measures(run: Run) -> bool:
+    return bool({"base", "evaluate"} & set(run.todo))
 
 
 def evaluate_base(run: Run) -> Result:

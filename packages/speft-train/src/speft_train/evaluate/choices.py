@@ -35,23 +35,9 @@ def choose(
     sum over the length of the choice, so that long choices are not at a disadvantage (lm-eval's acc and acc_norm).
     """
     started = time.perf_counter()
-    columns = {role: cfg.data.columns.get(role, role) for role in ("question", "choices", "answer")}
-    questions: list[dict[str, Any]] = [{role: row.get(column) for role, column in columns.items()} for row in rows]
-    right = [right_choice(question) for question in questions]
-    examples, owner = [], []
-    for place, question in enumerate(questions):
-        for choice in range(len(question["choices"])):
-            ids, learnt = encode(choice_pieces(question, choice), tokenizer)
-            if tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-                ids, learnt = ids[:-1], learnt[:-1]  # the choice, not that nothing follows it
-            cut = max(0, len(ids) - cfg.data.max_length)
-            ids, learnt = ids[cut:], learnt[cut:]  # of a long question the beginning goes
-            if not any(learnt[1:]):
-                raise UserError(f"data.max_length must hold the choices; {cfg.data.max_length} tokens do not")
-            labels = [token if mark else IGNORED for token, mark in zip(ids, learnt, strict=True)]
-            examples.append({"input_ids": ids, "labels": labels})
-            owner.append((place, len(str(question["choices"][choice]).strip())))
+    examples, owner = spelled_out(rows, tokenizer, cfg)
     scores = _log_likelihoods(model, tokenizer, examples, cfg.evaluate.batch_size, progress)
+    right = [right_choice(question) for question in _questions(rows, cfg)]
     by_sum: list[list[float]] = [[] for _ in rows]
     by_length: list[list[float]] = [[] for _ in rows]
     for (place, length), score in zip(owner, scores, strict=True):
@@ -63,6 +49,31 @@ def choose(
         "count": len(rows),
         "seconds": time.perf_counter() - started,
     }
+
+
+def spelled_out(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, cfg: RunConfig
+) -> tuple[list[dict[str, list[int]]], list[tuple[int, int]]]:
+    """(each choice after its question as ids and labels, the question's place and the choice's characters)."""
+    examples, owner = [], []
+    for place, question in enumerate(_questions(rows, cfg)):
+        for choice in range(len(question["choices"])):
+            ids, learnt = encode(choice_pieces(question, choice), tokenizer)
+            if tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+                ids, learnt = ids[:-1], learnt[:-1]  # the choice, not that nothing follows it
+            cut = max(0, len(ids) - cfg.data.max_length)
+            ids, learnt = ids[cut:], learnt[cut:]  # of a long question the beginning goes
+            if not any(learnt[1:]):
+                raise UserError(f"data.max_length must hold the choices; {cfg.data.max_length} tokens do not")
+            labels = [token if mark else IGNORED for token, mark in zip(ids, learnt, strict=True)]
+            examples.append({"input_ids": ids, "labels": labels})
+            owner.append((place, len(str(question["choices"][choice]).strip())))
+    return examples, owner
+
+
+def _questions(rows: Sequence[Mapping[str, Any]], cfg: RunConfig) -> list[dict[str, Any]]:
+    columns = {role: cfg.data.columns.get(role, role) for role in ("question", "choices", "answer")}
+    return [{role: row.get(column) for role, column in columns.items()} for row in rows]
 
 
 @torch.no_grad()
