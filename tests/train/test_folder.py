@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from speft_core import UserError
-from speft_train import config
+from speft_train import config, contents, stages
 from speft_train.folder import RunFolder, identity
 
 
@@ -32,6 +33,8 @@ SAME = [
     {"output_dir": "elsewhere"},
     {"train": {"logging_steps": 1, "save_steps": 7, "per_device_train_batch_size": 2}},
     {"train": {"activation_checkpointing": True}},
+    {"deepspeed": {"config": {"bf16": {"enabled": True}, "zero_optimization": {"overlap_comm": True}}}},
+    {"deepspeed": {"enabled": False, "config": {"optimizer": {"type": "Lamb"}}}},
 ]
 OTHER = [
     ({"seed": 1}, "seed is 0 there and 1 here"),
@@ -40,6 +43,11 @@ OTHER = [
     ({"adapter": {"metric": "random"}}, 'adapter.metric is "gradient" there and "random" here'),
     ({"model": {"dtype": "bfloat16"}}, "model.dtype"),
     ({"train": {"weight_decay": 0.1}}, "train.weight_decay is not set there and 0.1 here"),
+    (
+        {"deepspeed": {"config": {"optimizer": {"type": "Lamb", "params": {"lr": 0.1}}}}},
+        'deepspeed.config.optimizer.type is not set there and "Lamb" here, deepspeed.config.optimizer.params.lr is not set there and 0.1',
+    ),
+    ({"deepspeed": {"config": {"scheduler": {"type": "WarmupLR"}}}}, "deepspeed.config.scheduler.type is not set there"),
 ]
 
 
@@ -78,6 +86,62 @@ def test_a_run_that_ended_at_once_is_in_nobodys_way(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a run of another config"):
         RunFolder(tmp_path / "run").claim(made(seed=2))
     assert place.read_text() == written
+
+
+STEPWISE = {"eval_strategy": "steps"}
+EPOCHWISE = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+CADENCE = [
+    ({}, {"logging_steps": 3, "save_steps": 7, "save_strategy": "no", "per_device_eval_batch_size": 2}, []),
+    (STEPWISE, {"logging_steps": 3}, ["train.logging_steps"]),
+    ({**STEPWISE, "eval_steps": 5}, {"logging_steps": 3}, []),
+    (EPOCHWISE, {"logging_steps": 3}, []),
+    (EPOCHWISE, {"save_strategy": "best", "per_device_eval_batch_size": 2}, ["train.per_device_eval_batch_size", "train.save_strategy"]),
+    (STEPWISE, {"save_steps": 7}, ["train.save_steps"]),
+]
+
+
+@pytest.mark.parametrize(("train", "changed", "counted"), CADENCE)
+def test_when_it_is_measured_and_saved_counts_where_that_may_decide_what_ships(
+    train: dict[str, Any], changed: dict[str, Any], counted: list[str]
+) -> None:
+    one, other = (identity(made(train=keys)) for keys in (train, {**train, **changed}))
+    assert sorted(key for key in {**one, **other} if one.get(key) != other.get(key)) == counted
+
+
+def test_the_optimizer_of_a_deepspeed_file_counts_also_where_its_name_stays(tmp_path: Path) -> None:
+    """As text in the config, in a file, or in that file changed; that it is gone says nothing."""
+    file, cfg = tmp_path / "ds.json", made(deepspeed={"config": str(tmp_path / "ds.json")})
+    block = {"optimizer": {"type": "Lamb"}}
+    file.write_text(json.dumps({**block, "bf16": {"enabled": True}}))
+    assert identity(cfg) == identity(made(deepspeed={"config": block})) != identity(made())
+    first = RunFolder(tmp_path / "run")
+    found = first.claim(cfg)
+    (tmp_path / "run/adapter").mkdir()
+    first.finish("save", "key", {}, contents.learned(cfg, found))
+    file.write_text(json.dumps({**block, "bf16": {"enabled": False}}))
+    assert first.claim(cfg) == found
+    file.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
+    with pytest.raises(UserError, match=f"was trained before the optimizer or scheduler of deepspeed.config .{file}. changed"):
+        first.claim(cfg)
+    file.unlink()
+    first.claim(made(deepspeed={"config": block}))
+    with pytest.raises(UserError, match="ds.json does not exist"):
+        first.check(cfg)
+
+
+def test_keys_that_older_versions_did_not_count_make_no_record_of_theirs_old(tmp_path: Path) -> None:
+    """Nor do they stand for another config in a record that counts them."""
+    stage = stages.STAGES[-1]
+    cfg, plain = made(train={**EPOCHWISE, "save_total_limit": 1}), made(train={"eval_strategy": "epoch", "load_best_model_at_end": True})
+    assert stage.depends(cfg) != stage.depends(plain)
+    folder = RunFolder(tmp_path)
+    for name in stage.files:
+        (tmp_path / name).write_text("")
+    assert not stages.is_done(stage, cfg, folder)
+    folder.finish(stage.name, stage.depends(plain), {})  # as they hashed both
+    assert stages.is_done(stage, cfg, folder) and stages.is_done(stage, plain, folder)
+    folder.finish(stage.name, stage.depends(plain), {}, {})
+    assert stages.is_done(stage, plain, folder) and not stages.is_done(stage, cfg, folder)
 
 
 def test_without_a_global_batch_the_micro_batch_counts() -> None:

@@ -182,10 +182,10 @@ def test_signals_after_the_last_step_end_the_run_once_and_are_told(
 
     finish, tell = RunFolder.finish, cli._print
 
-    def second(self: RunFolder, stage: str, key: str, result: dict[str, Any]) -> None:
+    def second(self: RunFolder, stage: str, key: str, result: dict[str, Any], *read: Any) -> None:
         if key == "unfinished":
             os.kill(os.getpid(), signal.SIGTERM)
-        finish(self, stage, key, result)
+        finish(self, stage, key, result, *read)
 
     def third(message: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -5,7 +5,7 @@ checkpoint-120/
   dynamic.safetensors     of a mask that changes: what trains, what rests, how far it moved, the changes so far
   global_step120/         DeepSpeed: each rank's optimizer state       optimizer.pt   one plain process
   scheduler.pt, trainer_state.json, rng_state*.pth                     of transformers
-  COMPLETE                written last, after all ranks have written theirs; what made it, its batch and steps in all
+  COMPLETE                written last, after all ranks have written theirs; what made it, its batch and steps in all, what its files held
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MARKER = "COMPLETE"
 TRAINABLE, DYNAMIC = "trainable.safetensors", "dynamic.safetensors"
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
-# Keys of the marker: examples of one optimizer step over all processes, and steps of the whole run.
-BATCH, STEPS = "global_batch", "steps"
+# Keys of the marker: examples of one optimizer step over all processes, steps of the whole run, what it trains on (contents.py).
+BATCH, STEPS, FILES = "global_batch", "steps", "files"
 # Left free beside a checkpoint: the report, the logs and the adapter follow.
 SPARE_BYTES = 64 << 20
 # Bytes a checkpoint keeps of a trained scalar at most: values, a float32 copy, two moments.
@@ -63,7 +63,7 @@ def remove_incomplete(run: Path) -> list[str]:
 
 
 def mark_complete(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the marker; `record` says which setup can load the optimizer's state, and the run's BATCH and STEPS."""
+    """Write the marker; `record` says which setup can load the optimizer's state, and the run's BATCH, STEPS and FILES."""
     atomic_write(folder / MARKER, json.dumps(dict(record)) + "\n")
 
 
@@ -74,12 +74,18 @@ def unmark(folder: Path) -> None:
 
 def made_by(folder: Path) -> dict[str, Any]:
     """The setup that can load the optimizer's state."""
-    return {key: value for key, value in _json(folder / MARKER).items() if key not in (BATCH, STEPS)}
+    return {key: value for key, value in _json(folder / MARKER).items() if key not in (BATCH, STEPS, FILES)}
 
 
 def plan(folder: Path) -> dict[str, int]:
     """BATCH and STEPS of the run that the checkpoint is of; without them where an older version has written it."""
     return {key: value for key, value in _json(folder / MARKER).items() if key in (BATCH, STEPS)}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """FILES of the run that the checkpoint is of: key -> hash; empty where an older version has written it."""
+    found = _json(folder / MARKER).get(FILES)
+    return found if isinstance(found, dict) else {}
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -234,9 +234,9 @@ def run_checked(cfg: Any, folder: Any, console: Any, only: str | None = None, en
 
     with handled() as request:
         ranks = engine.start(cfg.deepspeed)
-        ranks.on_main(lambda: folder.claim(cfg))
+        contents = ranks.on_main(lambda: folder.claim(cfg))
         try:
-            this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console)
+            this = Run(cfg=cfg, ranks=ranks, folder=folder, request=request, console=console, contents=contents)
             stages.run_stages(this, only)
             if ranks.is_main:
                 (end or report.print_summary)(this)

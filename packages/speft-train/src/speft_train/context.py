@@ -31,6 +31,7 @@ class Run:
     data: Any = None  #: data.DataBundle
     mask: Any = None  #: SparsityMask
     attached: Attached | None = None
+    contents: dict[str, str] = field(default_factory=dict)  #: what the files that it reads hold, see contents.py
     todo: list[str] = field(default_factory=list)  #: names of the stages that have to run
     notes: list[str] = field(default_factory=list)  #: lines for the report
 

@@ -1,26 +1,29 @@
 """The output folder: whose it is, which stages are done, and with which result.
 
 `config.yaml` is the whole configuration of the run; `stages.json` records each finished stage with the hash of what it
-depends on. A stage is done when its record has that hash and its files are there.
+depends on, and what the files that it read held (contents.py). A stage is done when its record has that hash, those files hold the
+same, and its own are there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
-from . import engine
-from .config import RunConfig, batch_plan, identity_dict, load_config, to_yaml
+from . import contents, engine
+from .config import DeepspeedSection, RunConfig, batch_plan, identity_dict, load_config, to_yaml
 
 CONFIG, RECORD = "config.yaml", "stages.json"
-# What a run computes. The deepspeed and evaluate sections say how it is computed and what is measured.
+FILES = "files"  # of a stage's record: what it read (contents.py); records of older versions have none
+# What a run computes. The deepspeed and evaluate sections say how it is computed and what is measured, but for an optimizer or
+# scheduler block.
 IDENTITY = ("model", "data", "adapter", "train", "seed")
 # Keys of the train section that change speed, memory or what is written, and not what is learned.
 NEUTRAL = (
@@ -29,23 +32,34 @@ NEUTRAL = (
     "logging_first_step", "logging_steps", "per_device_eval_batch_size", "report_to", "run_name", "save_steps",
     "save_strategy", "save_total_limit", "torch_empty_cache_steps", "use_cpu",
 )  # fmt: skip
+# Those of them that say when a run that validates while it trains does so, how, and what it can take for the best.
+VALIDATING = ("per_device_eval_batch_size", "save_steps", "save_strategy")
 # Several ways to say how many examples one optimizer step sees.
 BATCHES = ("train.global_batch_size", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
 def identity(cfg: RunConfig) -> dict[str, Any]:
     """What makes two runs the same run, as key path -> value."""
-    tree = identity_dict(cfg)
-    tree["train"] = {k: v for k, v in tree["train"].items() if k not in NEUTRAL}
+    tree, counted = identity_dict(cfg), _counted(cfg)
+    tree["train"] = {k: v for k, v in tree["train"].items() if k not in NEUTRAL or k in counted}
     if tree["train"].get("global_batch_size") is not None:
         tree["train"].pop("per_device_train_batch_size", None)
-    return dict(_flat({name: tree[name] for name in IDENTITY}))
+    made = {name: tree[name] for name in IDENTITY}
+    return dict(_flat(made | {f"deepspeed.config.{name}": block for name, block in contents.blocks(cfg).items()}))
 
 
-def digest(*parts: Any) -> str:
-    """A short hash of plain values."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _counted(cfg: RunConfig) -> tuple[str, ...]:
+    """Keys that are neutral in other runs."""
+    if not contents.validates(cfg):
+        return ()
+    by_log = cfg.train.get("eval_strategy") == "steps" and not cfg.train.get("eval_steps")  # as often as it logs
+    return (*VALIDATING, "logging_steps") if by_log else VALIDATING
+
+
+def older(cfg: RunConfig) -> RunConfig:
+    """The same run without what older versions did not count: its hashes are those of their records."""
+    train = {key: value for key, value in cfg.train.items() if key not in NEUTRAL}
+    return replace(cfg, train=train, deepspeed=DeepspeedSection())
 
 
 class RunFolder:
@@ -70,7 +84,11 @@ class RunFolder:
             raise UserError(f"output_dir {self.path} holds a run that cannot be read ({error}){other}") from None
         if self._ended_at_once(found):
             return
-        theirs, ours = identity(found), identity(cfg)
+        ours = identity(cfg)
+        try:
+            theirs = identity(found)
+        except UserError:  # its DeepSpeed file is gone; what it held is in the records, see `_check_contents`
+            theirs = identity(replace(found, deepspeed=cfg.deepspeed))
         differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if set(differ) & set(BATCHES) and self._trained_with(cfg):
             differ = [key for key in differ if key not in BATCHES]
@@ -95,15 +113,36 @@ class RunFolder:
         alone = [file.name for file in self.path.iterdir()] == [CONFIG]
         return alone and (self.path / CONFIG).read_text(encoding="utf-8") == to_yaml(found)
 
-    def claim(self, cfg: RunConfig) -> None:
-        """Make the folder this run's until `release`, or until the process ends; UserError while another run is in it."""
+    def claim(self, cfg: RunConfig) -> contents.Contents:
+        """Make the folder this run's until `release`, or until the process ends; what the run's files hold. UserError while another
+        run is in it, and where it has trained on what its files hold no more.
+        """
         self.check(cfg)
+        found = contents.of(cfg)
+        self._check_contents(cfg, found)
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()
         text = to_yaml(cfg)
         file = self.path / CONFIG
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             atomic_write(file, text)
+        return found
+
+    def _check_contents(self, cfg: RunConfig, found: Mapping[str, str]) -> None:
+        """Refuse to go on with, or to report, values that were trained on other files than there are now. Nothing is written."""
+        from . import checkpoints
+
+        trained: dict[str, str] = {}
+        if (self.path / "adapter").exists():
+            trained |= self.records().get("save", {}).get(FILES, {})
+        for checkpoint in checkpoints.complete(self.path)[-1:]:
+            trained |= checkpoints.contents(checkpoint)
+        differ = [contents.shown(cfg, key) for key in contents.changed(trained, found)]
+        if differ:
+            raise UserError(
+                f"output_dir {self.path} holds a run that was trained before {', '.join(differ)} changed; choose another with"
+                " output_dir=..., or put back what it was trained on"
+            )
 
     def _hold(self) -> None:
         """Lock the folder itself, which leaves no file behind; where there is no such lock, do without."""
@@ -149,14 +188,21 @@ class RunFolder:
         found: dict[str, Any] = self.records().get(stage, {}).get("result", {})
         return found
 
-    def is_done(self, stage: str, key: str, files: Sequence[str]) -> bool:
-        """Whether the stage ran with this key and its files are there."""
-        return self.records().get(stage, {}).get("key") == key and all((self.path / f).exists() for f in files)
+    def is_done(
+        self, stage: str, key: str, files: Sequence[str], found: Mapping[str, str] | None = None, older: str | None = None
+    ) -> bool:
+        """Whether the stage ran with this key and its files are there. found: what the run's files hold now, to be what the stage
+        read. older: a key that a record may have which does not say what was read.
+        """
+        record = self.records().get(stage)
+        if record is None or record.get("key") not in ((key,) if FILES in record else (key, older)):
+            return False
+        return not contents.changed(record.get(FILES, {}), found or {}) and all((self.path / f).exists() for f in files)
 
-    def finish(self, stage: str, key: str, result: Mapping[str, Any]) -> None:
-        """Record a stage."""
-        records = {**self.records(), stage: {"key": key, "result": dict(result)}}
-        atomic_write(self.path / RECORD, json.dumps(records, indent=1, sort_keys=True) + "\n")
+    def finish(self, stage: str, key: str, result: Mapping[str, Any], read: Mapping[str, str] | None = None) -> None:
+        """Record a stage; read: what the files held that it depends on."""
+        record = {"key": key, "result": dict(result), **({} if read is None else {FILES: dict(read)})}
+        atomic_write(self.path / RECORD, json.dumps({**self.records(), stage: record}, indent=1, sort_keys=True) + "\n")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from . import engine, methods, methods_peft, models, training_args
 from .config import RunConfig, batch_plan
 from .folder import RunFolder
 from .planning import GRADIENT, INDEX, LAYOUT, MASTER, MOMENTS, VALUE, accumulators
-from .stages import STAGES
+from .stages import STAGES, is_done
 
 
 def show(cfg: RunConfig, world: int, console: Console) -> None:
@@ -62,7 +62,7 @@ def _stages(cfg: RunConfig) -> Table:
     for heading in ("stage", "what it does", ""):
         table.add_column(heading)
     for stage in STAGES:
-        done = stage.name in records and not stage.serves and folder.is_done(stage.name, stage.depends(cfg), stage.files)
+        done = stage.name in records and not stage.serves and is_done(stage, cfg, folder)
         state = "off" if not stage.wanted(cfg) else "done" if done else ""
         table.add_row(stage.name, stage.about, state)
     return table

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import shortage, steps
+from . import contents, shortage, steps
 from .config import RunConfig, section_hash
+from .contents import Contents, digest
 from .context import Run
-from .folder import digest, identity
+from .folder import RunFolder, identity, older
 
 Result = dict[str, Any]
 
@@ -24,6 +25,7 @@ class Stage:
     about: str
     work: Callable[[Run], Result]
     depends: Callable[[RunConfig], str]  #: hash of what its result depends on
+    reads: Callable[[RunConfig, Contents], Contents] = contents.all_of  #: the files that it depends on too
     wanted: Callable[[RunConfig], bool] = lambda cfg: True
     files: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
@@ -61,18 +63,25 @@ STAGES: tuple[Stage, ...] = (
     Stage(name="load", about="model, tokenizer and data", work=steps.load, depends=_of_all,
           serves=("base", "mask", "save", "evaluate")),
     Stage(name="base", about="evaluate the model as it is", work=steps.evaluate_base, depends=_of_model,
-          wanted=_evaluates_base),
+          reads=contents.measured, wanted=_evaluates_base),
     Stage(name="mask", about="choose the scalars to train", work=steps.find_mask, depends=_of_mask,
-          wanted=_has_mask, files=("mask.safetensors",)),
-    Stage(name="attach", about="make them trainable", work=steps.attach, depends=_of_training, serves=("save",)),
-    Stage(name="train", about="train", work=steps.train, depends=_of_training, serves=("save",)),
+          reads=contents.scored, wanted=_has_mask, files=("mask.safetensors",)),
+    Stage(name="attach", about="make them trainable", work=steps.attach, depends=_of_training,
+          reads=contents.learned, serves=("save",)),
+    Stage(name="train", about="train", work=steps.train, depends=_of_training,
+          reads=contents.learned, serves=("save",)),
     Stage(name="save", about="write the adapter folder", work=steps.save, depends=_of_training,
-          files=("adapter",)),
+          reads=contents.learned, files=("adapter",)),
     Stage(name="evaluate", about="evaluate what was saved", work=steps.evaluate_adapted, depends=_of_all,
           wanted=_evaluates),
     Stage(name="report", about="results, report, plots", work=steps.report, depends=_of_all,
           files=("results.json", "report.md")),
 )  # fmt: skip
+
+
+def is_done(stage: Stage, cfg: RunConfig, folder: RunFolder, found: Contents | None = None) -> bool:
+    """Whether it has run with this config, and on what the run's files hold where that is given. A dry run does not read them."""
+    return folder.is_done(stage.name, stage.depends(cfg), stage.files, found, stage.depends(older(cfg)))
 
 
 def pending(run: Run, only: str | None = None) -> list[str]:
@@ -81,7 +90,7 @@ def pending(run: Run, only: str | None = None) -> list[str]:
     def look() -> list[str]:
         cfg, names = run.cfg, []
         wanted = [stage for stage in STAGES if stage.wanted(cfg)]
-        own = {s.name for s in wanted if not s.serves and not run.folder.is_done(s.name, s.depends(cfg), s.files)}
+        own = {s.name for s in wanted if not s.serves and not is_done(s, cfg, run.folder, run.contents)}
         if only is not None:
             own &= {only}
         for stage in wanted:
@@ -109,4 +118,5 @@ def run_stages(run: Run, only: str | None = None) -> None:
         with shortage.told(run.cfg, stage.name):
             result = stage.work(run)
         result.setdefault("seconds", round(time.perf_counter() - started, 3))
-        run.ranks.on_main(partial(run.folder.finish, stage.name, stage.depends(run.cfg), result))
+        read = stage.reads(run.cfg, run.contents)
+        run.ranks.on_main(partial(run.folder.finish, stage.name, stage.depends(run.cfg), result, read))

@@ -24,10 +24,9 @@ from rich.console import Console
 from speft_core.errors import UserError
 from speft_core.files import atomic_write
 
-from . import results, sweep_curves, sweep_table
+from . import contents, results, stages, sweep_curves, sweep_table
 from .config import to_yaml
 from .folder import RunFolder
-from .stages import STAGES
 from .sweep_config import SCORES, Cell, Sweep, load_sweep
 
 # The child of a parallel sweep.
@@ -135,7 +134,7 @@ def plan(sweep: Sweep, console: Console) -> None:
     for column in sweep.columns:
         for row in sweep.rows:
             cells = [sweep.cell(row, column, seed, tuned) for tuned in sweep.candidates(row) for seed in sweep.seeds]
-            done = sum(is_done(cell) for cell in cells)
+            done = sum(is_done(cell, read=False) for cell in cells)
             k = f"{planned_count(cells[0]):,}"
             table.add_row(column, row, cells[0].cfg.model.name, k, str(len(cells)), str(done))
     console.print(table)
@@ -152,10 +151,12 @@ def planned_count(cell: Cell) -> int:
     return methods.trained_count(model, cell.cfg, resolve_targets(model, cell.cfg.adapter.targets))
 
 
-def is_done(cell: Cell) -> bool:
-    """Whether the last stage of a cell has run with this very config."""
-    folder, last = RunFolder(cell.cfg.output_dir), STAGES[-1]
-    return folder.path.is_dir() and folder.is_done(last.name, last.depends(cell.cfg), last.files)
+def is_done(cell: Cell, read: bool = True) -> bool:
+    """Whether the last stage of a cell has run with this very config, and (read) on what its files hold now."""
+    folder = RunFolder(cell.cfg.output_dir)
+    if not folder.path.is_dir():
+        return False
+    return stages.is_done(stages.STAGES[-1], cell.cfg, folder, contents.of(cell.cfg) if read else None)
 
 
 def figures(cell: Cell) -> dict[str, Any] | None:

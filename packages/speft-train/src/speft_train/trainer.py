@@ -28,6 +28,7 @@ class RunTrainer(Trainer):
     global_batch: examples of one optimizer step over all processes. lengths: tokens of each training example.
     stop: what ends the run on a signal. keep: checkpoints that stay, beside the best one; None for all.
     dynamic: what changes the mask, if it changes. own_decay: name of a parameter -> a weight decay other than the rest's.
+    contents: what the files that it trains on hold, for the checkpoints.
     """
 
     control: TrainerControl
@@ -42,11 +43,12 @@ class RunTrainer(Trainer):
         keep: int | None = None,
         dynamic: sc.DynamicMask | None = None,
         own_decay: Mapping[str, float] | None = None,
+        contents: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.ranks, self.dynamic, self.own_decay = ranks, dynamic, dict(own_decay or {})
-        self.stop, self.keep = stop, keep
+        self.stop, self.keep, self.contents = stop, keep, dict(contents or {})
         args: TrainingArguments = self.args
         # The Trainer's own rotation knows nothing of markers; at the end of the loop it would remove the checkpoint of a stop.
         assert args.save_total_limit is None
@@ -139,7 +141,8 @@ class RunTrainer(Trainer):
         self.ranks.barrier()
         if self.ranks.is_main:
             plan = {checkpoints.BATCH: self.order.batch, checkpoints.STEPS: self.state.max_steps}
-            checkpoints.mark_complete(folder, {**self._made_by(), **plan})
+            read = {checkpoints.FILES: self.contents} if self.contents else {}
+            checkpoints.mark_complete(folder, {**self._made_by(), **plan, **read})
             checkpoints.rotate(folder.parent, self.keep, self.state.best_model_checkpoint)
         self.ranks.barrier()
 

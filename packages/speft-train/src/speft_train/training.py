@@ -18,7 +18,7 @@ from speft_core.errors import UserError
 from speft_core.partitioned import is_partitioned, whole
 from speft_core.remask import union
 
-from . import checkpoints, dynamic, engine, memory, resuming, training_args
+from . import checkpoints, contents, dynamic, engine, memory, resuming, training_args
 from .context import Run
 from .sampler import steps_in_all
 from .signals import Stopped
@@ -130,6 +130,7 @@ def _trainer(run: Run, args: Any, changes: sc.DynamicMask | None) -> Any:
         keep=training_args.kept(run.cfg),
         dynamic=changes,
         own_decay=_own_decay(run),
+        contents=contents.learned(run.cfg, run.contents),
     )
     made.remove_callback(PrinterCallback)
     if made.whole_logits is not None and run.cfg.model.task == "causal_lm":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -56,11 +57,15 @@ def file_kind(source: str) -> str | None:
     return None
 
 
-def fingerprint(source: str) -> str:
-    """Changes when a local file's content does; other sources are known by their names."""
-    if source.startswith("bundled:") or file_kind(source) is None:
-        return source
-    with Path(source).expanduser().open("rb") as file:
+def fingerprint(file: Path) -> str:
+    """A hash of what a file holds: of its bytes, not of when it was written. Read once a process while its size, time and inode stay."""
+    found = file.stat()
+    return _hashed(file.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@functools.cache
+def _hashed(path: Path, *state: int) -> str:
+    with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
