@@ -237,7 +237,7 @@ def test_second_derivatives_are_refused_and_not_left_out(backward: str) -> None:
     gradients = torch.autograd.grad(loss, list(tuner.parameters()), create_graph=True)
     for found, first in zip(gradients, torch.autograd.grad(loss_of(model), list(tuner.parameters())), strict=True):
         torch.testing.assert_close(found, first)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="an attached linear layer has no second derivatives"):
         torch.stack([g.square().sum() for g in gradients]).sum().backward()
 
 
@@ -262,3 +262,23 @@ def test_a_state_of_other_entries_of_the_same_sizes_is_refused() -> None:
     sc.attach(net(), some_mask(net(), seed=0)).load_state_dict(averaged)
     older = {k: v for k, v in one.state_dict().items() if k != "mask"}
     sc.attach(net(), some_mask(net(), seed=0)).load_state_dict(older)
+
+
+@pytest.mark.parametrize("search", ["backward", "grad"])
+def test_a_penalty_on_the_gradient_of_a_constant_is_refused_too(search: str) -> None:
+    class Scorer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.score = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.score(torch.tanh(self.body(x)))
+
+    torch.manual_seed(0)
+    model, x = Scorer(), torch.randn(4, 6, requires_grad=True)
+    tuner = sc.attach(model, some_mask(model, ["score.weight"]))
+    logits = model(x)
+    (penalty,) = torch.autograd.grad(logits.sum(), x, create_graph=True)  # `score` gets ones, which have no graph
+    loss = logits.square().mean() + 0.1 * penalty.square().mean()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        loss.backward() if search == "backward" else torch.autograd.grad(loss, list(tuner.parameters()))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .inputs import Inputs
 from .keep import Keeper, kept_columns
@@ -50,7 +49,7 @@ class SparseLinear(torch.autograd.Function):
         rewrite: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         ctx.work, ctx.rewrite = work, rewrite
-        ctx.x_dtype, ctx.values_dtype = x.dtype, values_K.dtype
+        ctx.x_dtype, ctx.values_K = x.dtype, values_K
         given = x
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not reach into backward: cast here as it would, and keep the weight itself, not its cast copy.
@@ -73,8 +72,10 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: entries have no derivative, so a second one fails and is not left out
-            return once_differentiable(SparseLinear._gradients)(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph=True: entries are formed without a graph
+            with torch.no_grad():
+                found = SparseLinear._gradients(ctx, *grads)
+            return _Once.apply(*grads, ctx.values_K, *found)
         return SparseLinear._gradients(ctx, *grads)
 
     @staticmethod
@@ -92,7 +93,7 @@ class SparseLinear(torch.autograd.Function):
                 inputs = Inputs(factors, recipe=ctx.recipe)
             else:
                 inputs = Inputs([(kept, ctx.low)], ctx.columns_U, ctx.key)
-            grad_values_K = _cast(work.plan.entries(inputs, grad_y, work.layout), ctx.values_dtype)
+            grad_values_K = _cast(work.plan.entries(inputs, grad_y, work.layout), ctx.values_K.dtype)
         if wants_x:
             if ctx.rewrite is not None:
                 ctx.rewrite()
@@ -104,6 +105,21 @@ class SparseLinear(torch.autograd.Function):
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # hundreds of times a step, each call with cold caches
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that follow from grad_y and values_K by a way unknown to autograd: a derivative of theirs raises and is not left out.
+
+    Also where grad_y is a constant, since grad_x depends on the values, and where torch.autograd.grad looks for paths to a tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad_y: torch.Tensor, values_K: torch.Tensor, *found: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if f is None else f.detach() for f in found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise RuntimeError("an attached linear layer has no second derivatives, got a loss made of its gradients (create_graph=True)")
 
 
 class Tap(torch.autograd.Function):
