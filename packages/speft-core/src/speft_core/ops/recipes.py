@@ -8,6 +8,10 @@ forward is whether a frozen factor is a plain number.
 
 Where this is not safe, `recipe_of` gives None and the columns are kept: under checkpointing (whose saved tensors can be read
 only once) and any other hook of a library, and for sharded weights, which may be gone when backward comes.
+
+A change in place without grad leaves the nodes as they were. What a node saved autograd checks itself, and the input its version
+tells. Of the product within `weight * (a * b)` nothing is left to ask: a module that changes it in place before it multiplies by
+its weight gets a wrong gradient.
 """
 
 from __future__ import annotations
@@ -96,14 +100,14 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
     All layers that read one x get the same recipe.
     """
     node = x.grad_fn
-    if node is None or x.dim() == 0:
+    if node is None or x.dim() == 0 or x._version:  # changed in place, perhaps without grad, of which the nodes tell nothing
         return None
-    last: tuple[weakref.ref[torch.Tensor], int, weakref.ref[Recipe]] | None = getattr(_last, "made", None)
-    made = last[2]() if last is not None and last[0]() is x and last[1] == x._version else None
+    last: tuple[weakref.ref[torch.Tensor], weakref.ref[Recipe]] | None = getattr(_last, "made", None)
+    made = last[1]() if last is not None and last[0]() is x else None
     if made is None:
         made = _product(node, x) or _saved_output(node, x)
         if made is not None:
-            _last.made = (weakref.ref(x), x._version, weakref.ref(made))  # a layer that needs it holds it
+            _last.made = (weakref.ref(x), weakref.ref(made))  # a layer that needs it holds it
     return made
 
 
@@ -143,11 +147,18 @@ def _product(node: Any, x: torch.Tensor) -> Recipe | None:
     return Recipe(x.shape, [*_both(inner, dtype or made.dtype), (frozen, x.dtype)])
 
 
+def _before_reshapes(node: Any, output: int) -> tuple[Any, int, int]:
+    """The node before reshapes and copies, which of its outputs they take, and the number of copies."""
+    copies = 0
+    while (name := type(node).__name__) in _RESHAPES:
+        copies += name == "CloneBackward0"
+        node, output = node.next_functions[0]
+    return node, output, copies
+
+
 def _saved_output(node: Any, x: torch.Tensor) -> Recipe | None:
     """x is the saved output of a node, perhaps transposed and then reshaped."""
-    output = 0
-    while type(node).__name__ in _RESHAPES:
-        node, output = node.next_functions[0]
+    node, output, copies = _before_reshapes(node, 0)
     if output != 0:
         return None
     swap: tuple[int, int] | None = None
@@ -156,12 +167,12 @@ def _saved_output(node: Any, x: torch.Tensor) -> Recipe | None:
         swap = (node._saved_dim0, node._saved_dim1)
         node, output = node.next_functions[0]
         before = tuple(node._input_metadata[output].shape)
-        while type(node).__name__ in _RESHAPES:
-            node, output = node.next_functions[0]
+        node, output, more = _before_reshapes(node, output)
+        copies += more
         if output != 0:
             return None
     attribute = SAVED_OUTPUT.get(type(node).__name__)
-    if attribute is None:
+    if attribute is None or copies > 1:  # between two copies lies a tensor whose version can no longer be seen
         return None
     made = node._input_metadata[0]
     if made.dtype != x.dtype or math.prod(made.shape) != x.numel():
