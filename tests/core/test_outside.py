@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -255,3 +256,82 @@ def test_parameters_of_an_rnn_are_refused() -> None:
         sc.attach(model, some_mask(model))
     with pytest.raises(sc.UserError, match="cannot be adapted"):
         sc.find_mask(model, metric="magnitude", targets="body")
+
+
+class Towers(nn.Module):
+    """Two towers that are called each by itself, of which one has a parameter that is only read (`attention.out_proj`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.text = nn.Sequential(nn.Embedding(31, 12), nn.Linear(12, 12))
+        self.vision = nn.Sequential(nn.Linear(12, 12), nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True))
+
+    def forward(self) -> torch.Tensor:
+        return (self.text(IDS) * self.vision(PICTURE)).mean()
+
+
+PICTURE = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(7))
+
+
+def both_towers(model: Any) -> torch.Tensor:
+    return Towers.forward(model)  # not called as a module
+
+
+def towers_step(tuner: sc.Tuner, model: nn.Module) -> None:
+    both_towers(model).backward()
+    with torch.no_grad():
+        for values_K in tuner.parameters():
+            assert values_K.grad is not None
+            values_K.data -= 0.5 * values_K.grad  # as engines write
+            values_K.grad = None
+
+
+def test_what_is_only_read_is_evaluated_with_the_last_step_in_it_once_the_other_tower_is_decided() -> None:
+    model, plain = Towers(), Towers()
+    mask = some_mask(model, [n for n, _ in model.named_parameters() if "in_proj_bias" not in n], density=0.3)
+    tuner = sc.attach(model, mask)
+    for step in range(4):
+        for _ in range(2):  # the second begins with the tower that is left to its modules then
+            towers_step(tuner, model)
+        with torch.no_grad():
+            found = model.vision(PICTURE)
+        tuner.sync()
+        plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(found, plain.vision(PICTURE), msg=lambda m, s=step: f"{s}: {m}")
+    assert not hooks_of(model.text) and hooks_of(model.vision)
+    assert not any(tuner.outside._open.values())
+
+
+@pytest.mark.parametrize("build", [net, Towers])
+def test_a_model_can_be_copied_and_pickled_after_any_step(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    loss = both_towers if isinstance(model, Towers) else loss_of
+    sc.attach(model, some_mask(model, [n for n, _ in model.named_parameters() if "in_proj_bias" not in n]))
+    for _ in range(4):
+        loss(model).backward()
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert loss(twin).item() == loss(model).item()
+            assert not any(twin._speft_tuner.outside._open.values())
+
+
+def test_a_submodules_forward_that_was_interrupted_ends_where_one_above_begins() -> None:
+    def interrupt(*_: Any) -> None:
+        raise Interrupt
+
+    model = Reader(WAYS["plainly"])
+    mask = some_mask(model)
+    tuner = sc.attach(model, mask)
+    train(tuner, model, 2)
+    hook = model.blocks[0].called.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+    with pytest.raises(Interrupt):
+        model.blocks[0](torch.randn(2, 12))
+    hook.remove()
+    assert any(tuner.outside._open.values())
+    check(tuner, model, oracle_gradients(_plain(model, tuner), mask))
+    assert not any(tuner.outside._open.values())
+    train(tuner, model, 1)
+    with torch.no_grad():
+        found = model(IDS)
+        assert torch.equal(found, _plain(model, tuner)(IDS))

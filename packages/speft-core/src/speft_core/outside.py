@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import nn
 from .ops.functions import Tap
 from .ops.recipes import sharded
 from .partitioned import is_partitioned
-from .slots import AttachedForward, Slot, standing_in
+from .slots import AttachedForward, Slot
+from .standing import TURN, recomputed, standing_in
 from .together import Together
 
 #: In evaluation they take a path of their own, which reads the weights of modules that training calls.
@@ -40,7 +41,7 @@ class Outside:
     def __init__(self, model: nn.Module, forwards: Sequence[AttachedForward], together: Together) -> None:
         self._together, self._backwards, self._patience = together, together.backwards, PATIENCE
         self._read: set[Slot] = set()  # by a module above
-        self._served: set[AttachedForward] = set()  # whose taps are in place now
+        self._served: dict[int, set[AttachedForward]] = {}  # thread -> those whose taps it has put in place
         self._compiled: set[AttachedForward] = set()
         self._open: dict[int, list[tuple[nn.Module, ExitStack]]] = {}  # thread -> its forwards in progress
         self._hooks: list[Any] = []
@@ -48,6 +49,11 @@ class Outside:
         served = {f.module: f for f in forwards}
         above = {m: [served[b] for b in m.modules() if b in served and b is not m] for m in model.modules()}
         self._above = {module: below for module, below in above.items() if below}
+        self._containing: dict[nn.Module, set[nn.Module]] = {module: set() for module in self._above}
+        for module in self._above:
+            for within in module.modules():
+                if within in self._containing:
+                    self._containing[within].add(module)
         self.install()
 
     def install(self) -> None:
@@ -71,24 +77,47 @@ class Outside:
     def _enter(self, module: nn.Module, _args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        opened = self._open.setdefault(threading.get_ident(), [])
-        if opened and opened[0][0] is module:
-            _close(opened)  # a forward that was interrupted
-        if not opened and torch._C._current_graph_task_id() < 0:  # a forward begins, not one within a backward
-            self._see_compiled()
-            self._decide()
-        stack = ExitStack()
-        if not torch.is_grad_enabled():
-            for forward in self._whole(module) if not opened else ():
-                for slot in forward.slots:
+        with TURN:
+            opened = self._open.setdefault(threading.get_ident(), [])
+            if opened and module in self._containing[opened[0][0]]:
+                _close(opened)  # a forward that was interrupted: none calls what contains it
+            if torch._C._current_graph_task_id() < 0 and not any(self._open.values()):  # a forward begins, not one within a backward
+                self._see_compiled()
+                self._decide()
+            if module not in self._above:  # just decided: no `_leave` will come
+                return
+            stack = ExitStack()
+            if torch.is_grad_enabled():
+                stack.enter_context(self._serving(module))
+                if again := recomputed(module, functools.partial(self._serving, module)):
+                    stack.enter_context(standing_in(module, again))
+            else:
+                self._write(module)
+            opened.append((module, stack))
+
+    def _write(self, module: nn.Module) -> None:
+        """For a forward without gradients; what has a tap in place stays stale, for an update may follow."""
+        served = self._served.get(threading.get_ident(), ())
+        for forward in self._whole(module):
+            for slot in forward.slots:
+                if forward not in served:
                     slot.write()
-        else:
-            fresh = [f for f in self._whole(module) if f not in self._served]
-            for forward in fresh:
-                stack.enter_context(standing_in(forward.module, {s.attribute: self._tap(s) for s in forward.slots}))
-            self._served.update(fresh)
-            stack.callback(self._served.difference_update, fresh)
-        opened.append((module, stack))
+                elif slot.stale:
+                    slot.rewrite()
+
+    @contextmanager
+    def _serving(self, module: nn.Module) -> Iterator[None]:
+        """Within it the parameters below `module` have taps in their places."""
+        served = self._served.setdefault(threading.get_ident(), set())
+        fresh = [f for f in self._whole(module) if f not in served]
+        served.update(fresh)
+        try:
+            with ExitStack() as stack:
+                for forward in fresh:
+                    stack.enter_context(standing_in(forward.module, {s.attribute: self._tap(s) for s in forward.slots}))
+                yield
+        finally:
+            served.difference_update(fresh)
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if torch.compiler.is_compiling():

@@ -9,8 +9,8 @@ Shape suffixes: K kept entries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from .ops.layout import Layout
 from .ops.plans import Plan, plan_named
 from .ops.recipes import hooks_forbid, recipe_of, sharded
 from .partitioned import is_absent, is_partitioned
+from .standing import recomputed, standing_in, traced_in
 from .together import Together
 from .writing import Sum, gather, scatter
 
@@ -189,20 +190,6 @@ class Slot:
             self.module._non_persistent_buffers_set.discard(f"{self.attribute}_{kind}")
 
 
-@contextmanager
-def standing_in(module: nn.Module, taps: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within it the taps take the place of the module's parameters: an attribute of the instance hides a parameter."""
-    instance = module.__dict__
-    before = {attribute: instance[attribute] for attribute in taps if attribute in instance}
-    instance.update(taps)
-    try:
-        yield
-    finally:
-        for attribute in taps:
-            instance.pop(attribute, None)
-        instance.update(before)
-
-
 class AttachedForward:
     """Replaces `module.forward` while attached; hooks, name and class of the module stay. Calls the original for all but plain Linear.
 
@@ -229,8 +216,8 @@ class AttachedForward:
             return self.original(*args, **kwargs)
         self.called, fast = True, self.fast
         if fast is None or len(args) != 1 or kwargs:
-            taps = {s.attribute: Tap.apply(s.weight, s.values_K, s.pick) for s in self.slots}
-            return self._with(taps, args, kwargs)
+            with standing_in(self.module, self._taps() | recomputed(self.module, self._again)):
+                return self.original(*args, **kwargs)
         (x,), weight, bias = args, fast.weight, self.module._parameters["bias"]
         if self.bias is not None:
             bias = Tap.apply(bias, self.bias.values_K, self.bias.pick)
@@ -251,12 +238,20 @@ class AttachedForward:
             return torch.ops.speft.linear(x, weight, bias, fast.values_K, fast.key, torch.is_grad_enabled())[0]
         if fast is not None:
             taps[fast.attribute] = fast.summed()
-        return self._with(taps, args, kwargs)
-
-    def _with(self, taps: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original forward with the taps in the place of their parameters; an instance attribute hides a parameter."""
-        with standing_in(self.module, taps):
+        with traced_in(self.module, taps):
             return self.original(*args, **kwargs)
+
+    def _taps(self) -> dict[str, Any]:
+        return {s.attribute: Tap.apply(s.weight, s.values_K, s.pick) for s in self.slots}
+
+    def _again(self) -> AbstractContextManager[None]:
+        """For a layer that computes again in backward, where `__call__` does not come by: taps that stand in there."""
+        if not torch.is_grad_enabled():
+            return nullcontext()
+        for slot in self.slots:
+            if sharded(slot.weight):  # gathered anew, without the values
+                slot.rewrite()
+        return standing_in(self.module, self._taps())
 
     def install(self) -> None:
         """Take the forward's place."""
