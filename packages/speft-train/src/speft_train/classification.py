@@ -106,17 +106,19 @@ def load_model(run: Run, space: LabelSpace) -> None:
     run.say(f"  {heads.about(run.model, cfg)}")
 
 
-def loss(outputs: Any, labels_B: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+def loss(outputs: Any, labels_B: torch.Tensor, num_items_in_batch: Any = None, smoothing: float = 0.0) -> torch.Tensor:
     """Mean over the examples of the whole step, also when it is accumulated from several batches.
 
     Cross entropy for whole-number labels, squared error for fractions. The models' own losses take the mean of each
-    part of the step, which the Trainer would then add up.
+    part of the step, which the Trainer would then add up. smoothing: of the labels of classes, where there are gradients; a
+    validation measures the loss itself.
     """
     logits_BO = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     if labels_B.is_floating_point():
         each_B = (logits_BO.squeeze(-1).float() - labels_B.float()).square()
     else:
-        each_B = torch.nn.functional.cross_entropy(logits_BO.float(), labels_B, reduction="none")
+        smoothing = smoothing if torch.is_grad_enabled() else 0.0
+        each_B = torch.nn.functional.cross_entropy(logits_BO.float(), labels_B, reduction="none", label_smoothing=smoothing)
     return each_B.sum() / (len(each_B) if num_items_in_batch is None else num_items_in_batch)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from speft_core.partitioned import is_partitioned
 from speft_core.saliency.metrics import as_metric
 from speft_core.saliency.peers import PeerFailed, Peers
 
-from . import data, label_rows
+from . import classification, data, label_rows
 from .attached import budget_of
 from .config_names import WEIGHT_CHANGE
 from .memory import bytes_of
@@ -125,10 +125,18 @@ def options_of(section: AdapterSection, metric: sc.Metric) -> dict[str, Any]:
 
 
 def loss_of(run: Run) -> Any:
-    """The loss that is trained: None for the model's own, or the next token's from the labelled rows alone."""
+    """The loss that is trained: that of a classification, the next token's from the labelled rows alone, or None for the model's own."""
+    if run.cfg.model.task == "sequence_classification":
+        return _of_classes
     if label_rows.supports(run.model):
         return None
     return lambda model, batch: label_rows.next_token_loss(model, run.model, dict(batch))
+
+
+def _of_classes(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Mean over the examples, in fp32: the models' own losses compute in the dtype of the weights, or fail where labels are of another."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return classification.loss(model(**inputs), batch["labels"])
 
 
 def calibration(run: Run, count: int, change: int = 0) -> Iterator[dict[str, torch.Tensor]]:
