@@ -36,7 +36,8 @@ TRAIN = """### train
 speft's own: `global_batch_size` (examples of one optimizer step over all processes) and `early_stopping_patience` (evaluations without a
 better score).
 
-Where a run differs from `TrainingArguments`: `logging_steps` is 10, `save_steps` 200, `save_total_limit` 2, and
+Where a run differs from `TrainingArguments`: `logging_steps` is 10, `save_steps` 200 (`eval_steps` where
+`load_best_model_at_end` ships the best of the evaluations by steps), `save_total_limit` 2, and
 `per_device_eval_batch_size` the micro-batch; `per_device_train_batch_size` is 8, or with `global_batch_size` the largest divisor
 of a process's share up to 8; TensorBoard's files lie in `OUTPUT_DIR/tensorboard`. `report_to` names what else is told (`wandb`,
 `mlflow`, ...: `[tensorboard, wandb]` for both), and `none` nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+import safetensors.torch
+import torch
 
+import pico
+import pico_tokenizers
 import speft_core as sc
 from pico_run import make_config, make_model, random_masks_digest
 from speft_train import cli, results
@@ -46,7 +51,27 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"deepspeed": {"zero_stage": 0}, **MICRO},
     ),
     "stage2-evaluated": ({}, {"deepspeed": {"zero_stage": 2}}),
+    "stage1-validated": (
+        {**LIGHT, "data": {"validation_from_train": 5}, "train": {"eval_strategy": "epoch", "per_device_eval_batch_size": 2}},
+        {"deepspeed": {"zero_stage": 1}},
+    ),
 }
+
+
+HALF = [("lora", 1), ("dora", 2)]  # a head in 16 bits beside matrices in 32
+
+
+def classifier(folder: Path) -> dict[str, Any]:
+    """Sections of a run on a classifier in bfloat16; the model and its rows are written into the folder."""
+    tokenizer = pico_tokenizers.byte_level()
+    pico.bert(vocab_size=len(tokenizer), dtype=torch.bfloat16).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    rows = [{"text": "xy"[place % 2] * (1 + place % 5), "label": place % 2} for place in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"name": str(folder / "bert"), "dtype": "bfloat16", "task": "sequence_classification"},
+        "data": {"train": str(folder / "rows.jsonl"), "train_size": None, "test_size": None, "max_length": 32},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +87,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     unset = make_config(folder / "unset.yaml", model, folder / "two" / "unset", **LIGHT, train={"per_device_train_batch_size": 4})
     unset.write_text("".join(line for line in unset.read_text().splitlines(keepends=True) if "global_batch_size" not in line))
     runs.append([str(unset), []])
+    sections = classifier(folder)
+    for method, stage in HALF:
+        name = f"half-{method}-{stage}"
+        both = merged(LIGHT, sections, {"adapter": {"method": method, "lora": {"r": 2}}})
+        make_config(folder / f"{name}-1.yaml", folder / "bert", folder / "one" / name, **both)
+        theirs = merged(both, {"deepspeed": {"zero_stage": stage}})
+        runs.append([str(make_config(folder / f"{name}-2.yaml", folder / "bert", folder / "two" / name, **theirs)), []])
     return run_all(folder, runs)
 
 
@@ -73,6 +105,8 @@ def test_two_ranks_train_as_one_process_does(ran: Path, name: str) -> None:
     if masks[0].exists():  # safetensors writes its metadata in any order: the files' bytes may differ
         assert sc.SparsityMask.load(masks[0]) == sc.SparsityMask.load(masks[1])
     found = [results.read(RunFolder(ran / side / name)) for side in ("one", "two")]
+    validated = [[row["eval_loss"] for row in run["history"] if "eval_loss" in row] for run in found]
+    assert bool(validated[0]) == ("validated" in name) and validated[1] == pytest.approx(validated[0], abs=1e-5)
     if "dynamic" in found[0]:
         assert [c["step"] for c in found[1]["dynamic"]["changes"]] == [2, 4]  # no mask after the last step, the sixth
         assert found[1]["dynamic"]["union"] == sc.SparseAdapter.load(ran / "two" / name / "adapter").nnz
@@ -84,10 +118,24 @@ def test_two_ranks_train_as_one_process_does(ran: Path, name: str) -> None:
             assert found[1][figures]["exact_match"] == found[0][figures]["exact_match"]
 
 
+@pytest.mark.parametrize("number", range(len(HALF)))
+def test_a_head_in_16_bits_trains_beside_matrices_in_32(ran: Path, number: int) -> None:
+    """Stages 1 and 2 lay a group of parameters into one buffer, which has one dtype."""
+    name = "half-{}-{}".format(*HALF[number])
+    end = end_of(ran, len(CASES) + 2 + number)
+    assert end["code"] == 0, (ran / "stderr").read_text()[-3000:]
+    assert len(set(end["digests"])) == 1
+    cli.execute(ran / f"{name}-1.yaml", [], dry_run=False)
+    one, two = losses(ran / "one" / name), losses(ran / "two" / name)
+    assert len(one) == 6 and two == pytest.approx(one, abs=0.02)
+    saved = safetensors.torch.load_file(ran / "two" / name / "checkpoint-6/trainable.safetensors")
+    head = {key: tensor for key, tensor in saved.items() if "modules_to_save" in key}
+    assert head and {tensor.dtype for tensor in head.values()} == {torch.bfloat16}
+    assert {tensor.dtype for key, tensor in saved.items() if key not in head} == {torch.float32}
+
+
 def test_optimizer_shards_hold_only_what_is_trained(ran: Path) -> None:
     """Two moments of each trained scalar over both ranks, and no frozen weight under any name."""
-    import torch
-
     run = ran / "two" / "stage2-shards"
     state = run / "checkpoint-6" / "global_step6"
     k = results.read(RunFolder(run))["trainable_parameters"]

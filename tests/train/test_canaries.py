@@ -29,6 +29,9 @@ OVERRIDDEN = {
     "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_best_model": ["self"],
+    "_init_training_state": [
+        *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial")
+    ],
 }
 # Method -> what its source must say for our override to be enough.
 SAYS = {
@@ -45,6 +48,11 @@ SAYS = {
     "_init_training_state": [r"self\._load_callback_state\(\)"],
     "_load_callback_state": [r"if not self\.args\.restore_callback_states_from_checkpoint:\s+return"],
     "_finalize_training": [r"self\.state\.best_model_checkpoint is not None and self\.args\.save_total_limit == 1:"],
+    "evaluate": [r"output = self\.evaluation_loop\("],
+    "evaluation_loop": [
+        r"= self\.prediction_step\(model, inputs, prediction_loss_only, ignore_keys=ignore_keys\)",
+        r"metrics\[f\"\{metric_key_prefix\}_loss\"\] = losses\.mean\(\)",
+    ],
     "_wrap_model": [r"self\.args\.n_gpu > 1\s.*?\):\s+model = nn\.DataParallel\(model\)"],
     "__init__": [r"self\.args\._n_gpu = 1"],
     "_save_checkpoint": [

@@ -229,10 +229,6 @@ def test_batches_and_validation_are_checked_before_anything_is_loaded(
             {"eval_strategy": "epoch", "save_strategy": "steps", "load_best_model_at_end": True},
             "save and eval strategy to match",
         ),
-        (
-            {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
-            "saving steps to be a round multiple of the evaluation steps",
-        ),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
         ({"dataloader_prefetch_factor": 2}, "dataloader_num_workers > 0"),
     ],

@@ -14,6 +14,7 @@ from speft_train.evaluate import metrics
 SMALL = "output_dir: out\nmodel: {name: m}\ndata: {train: d.jsonl}\nadapter: {budget: {k: 10}}\n"
 EVALUATED = ["train.eval_strategy=epoch", "train.save_strategy=epoch"]
 CLASSES = "model.task=sequence_classification"
+BEST_BY_STEPS = ["train.eval_strategy=steps", "train.load_best_model_at_end=true"]
 
 
 def config(folder: Path, *overrides: str) -> RunConfig:
@@ -27,6 +28,19 @@ def config(folder: Path, *overrides: str) -> RunConfig:
         (
             ["train.dataloader_drop_last=false"],
             "train.dataloader_drop_last: cannot be set here: each epoch is cut into whole global",
+        ),
+        (
+            ["train.load_best_model_at_end=true"],
+            "train.load_best_model_at_end: needs train.eval_strategy epoch or steps; got no",
+        ),
+        (
+            [*BEST_BY_STEPS, "train.save_steps=20"],
+            "train.save_steps: with train.load_best_model_at_end every evaluation is saved, so it must be 10 as train.eval_steps, or",
+        ),
+        ([*BEST_BY_STEPS, "train.eval_steps=0.5", "train.save_steps=5"], "so it must be 0.5 as train.eval_steps, or left out"),
+        (
+            ["train.label_smoothing_factor=0.1", CLASSES, "data.labels=numbers"],
+            "train.label_smoothing_factor: a regression has no labels to smooth, remove it; got 0.1",
         ),
         (
             ["train.early_stopping_patience=2"],
@@ -72,6 +86,14 @@ def test_what_stops_early_and_what_is_best_must_be_measured(tmp_path: Path, over
 )
 def test_what_can_stop_early_is_let_through(tmp_path: Path, overrides: list[str]) -> None:
     assert config(tmp_path, "train.early_stopping_patience=2", *EVALUATED, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["train.logging_steps=7", "train.save_steps=7"], ["train.save_strategy=best", "train.save_steps=20"]],
+)
+def test_what_saves_each_evaluation_is_let_through(tmp_path: Path, overrides: list[str]) -> None:
+    assert config(tmp_path, *BEST_BY_STEPS, *overrides)
 
 
 def test_the_figures_that_a_config_may_name_are_those_that_are_measured() -> None:

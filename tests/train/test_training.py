@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pico_run import make_config, make_model
 from speft_core import UserError
 from speft_train import callbacks, checkpoints, cli, results, stages, trainer
 from speft_train.folder import RunFolder
+from speft_train.ranks import Ranks
 from speft_train.signals import Stopped
 
 Execute = Callable[..., dict[str, Any]]
@@ -234,3 +236,30 @@ def test_a_gradient_scaler_goes_on_where_it_was(tmp_path: Path, execute: Execute
     states = [torch.load(tmp_path / name / "checkpoint-6/scaler.pt") for name in ("whole", "cut")]
     assert states[0]["scale"] == 16.0 and states[0] == states[1]
     shutil.rmtree(tmp_path / "cut")
+
+
+def test_gradients_that_overflow_while_a_scale_is_searched_end_no_run(
+    tmp_path: Path, execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their steps are skipped and the scale is halved, here twice."""
+
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, outputs: Any) -> Any:
+            return super().scale(outputs) * (float("inf") if self.get_scale() > 2.0 else 1.0)
+
+    made = trainer.RunTrainer.__init__
+
+    def scaling(self: Any, **kwargs: Any) -> None:
+        made(self, **kwargs)
+        self.accelerator.scaler = Scaler("cpu", init_scale=8.0)
+
+    monkeypatch.setattr(trainer.RunTrainer, "__init__", scaling)
+    found = execute(save_strategy="no")
+    assert ["grad_norm" in row for row in found["history"]] == [False, False, True, True, True, True]
+    assert all(row["loss"] < 10 for row in found["history"])
+    text = (tmp_path / "run/results.json").read_text()
+    assert "Infinity" not in text and "NaN" not in text
+    ended = callbacks.FiniteLoss(Ranks(), lambda step: [7], lambda: True)
+    with pytest.raises(UserError, match=r"loss is inf at step 3 of 9 \(training examples 7\)"):
+        args, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(global_step=3, max_steps=9)
+        ended.on_log(args, state, TrainerControl(), {"loss": float("inf")})

@@ -65,11 +65,12 @@ class FiniteLoss(TrainerCallback):
     """Ends the run at the first logged loss that is not finite, with the step and its examples: what follows would be noise.
 
     Looking at each step's loss would make the accelerator wait, so the steps since the last log are kept and looked at when
-    the log's mean is not finite.
+    the log's mean is not finite. scaled: whether the loss is scaled for fp16, where gradients that overflow now and then are part of the
+    search for a scale: such a step is skipped and the scale halved.
     """
 
-    def __init__(self, ranks: Ranks, examples_of: Callable[[int], list[int]]) -> None:
-        self.ranks, self.examples_of = ranks, examples_of
+    def __init__(self, ranks: Ranks, examples_of: Callable[[int], list[int]], scaled: Callable[[], bool]) -> None:
+        self.ranks, self.examples_of, self.scaled = ranks, examples_of, scaled
         self.recent: list[tuple[int, Any]] = []
 
     def seen(self, step: int, loss: Any) -> None:
@@ -88,7 +89,8 @@ class FiniteLoss(TrainerCallback):
 
         Figures of a validation are logged too, and the mean over all steps at the end.
         """
-        found = {name: value for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "train_loss")}
+        told = ("loss", "train_loss") if self.scaled() else ("loss", "train_loss", "grad_norm")
+        found = {name: logs[name] for name in told if logs and name in logs}
         if not found:
             return
         recent, self.recent = self.recent, []

@@ -73,6 +73,7 @@ LIMITS: dict[str, tuple[str, Any]] = {
     "save_steps": ("more than 0", lambda v: v > 0),
     "dataloader_num_workers": ("at least 0", lambda v: v >= 0),
 }
+LOGGING_STEPS = 10  # between two logs, and between two evaluations by steps, where the config does not say
 STEERED = ("reduce_lr_on_plateau", "greedy")  # schedules for which transformers takes the loss where no metric is named
 PRIMITIVES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -142,12 +143,40 @@ def check_best(train: Mapping[str, Any], task: str, labels: str = "auto") -> lis
         by_loss = train.get("load_best_model_at_end") or train.get("lr_scheduler_type") in STEERED
         if metric is None and not by_loss:
             mistakes.append(f"{key}: needs train.load_best_model_at_end=true, or train.metric_for_best_model to stop by")
+    mistakes += _check_shipped(train)
+    if (task, labels) == ("sequence_classification", "numbers") and train.get("label_smoothing_factor"):
+        rule = "a regression has no labels to smooth, remove it"
+        mistakes.append(f"train.label_smoothing_factor: {rule}; got {train['label_smoothing_factor']!r}")
     names = FIGURES[labels] if task == "sequence_classification" else ("loss",)
     if metric is not None and metric.removeprefix("eval_") not in names:
         one = f"one of {', '.join(names)}" if len(names) > 1 else f"loss, all that a {task} is measured by while it trains"
         hint = nearest(metric.removeprefix("eval_"), names)
         mistakes.append(f"train.metric_for_best_model: must be {one}; got {metric!r}.{hint}".removesuffix("."))
     return mistakes
+
+
+def steps_to_best(train: Mapping[str, Any]) -> float | None:
+    """Steps between two evaluations of a run that ships its best checkpoint and saves by steps too; None for every other.
+
+    Each evaluated step is saved then: what turns out to be the best could not ship otherwise.
+    """
+    by_steps = train.get("eval_strategy") == "steps" and train.get("save_strategy", "steps") == "steps"
+    if not (train.get("load_best_model_at_end") and by_steps):
+        return None
+    return train.get("eval_steps") or train.get("logging_steps") or LOGGING_STEPS
+
+
+def _check_shipped(train: Mapping[str, Any]) -> list[str]:
+    """What ships as the best must have been measured, and saved whenever it was."""
+    if not train.get("load_best_model_at_end"):
+        return []
+    if train.get("eval_strategy", "no") == "no":
+        return ["train.load_best_model_at_end: needs train.eval_strategy epoch or steps; got no"]
+    wanted, given = steps_to_best(train), train.get("save_steps")
+    if wanted is None or given in (None, wanted):
+        return []
+    rule = f"with train.load_best_model_at_end every evaluation is saved, so it must be {wanted:g} as train.eval_steps, or left out"
+    return [f"train.save_steps: {rule} (train.save_strategy=best saves the best ones alone); got {given!r}"]
 
 
 def _check_value(path: str, key: str, value: Any, kinds: tuple[str, ...]) -> list[str]:

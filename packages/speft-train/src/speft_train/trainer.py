@@ -7,6 +7,7 @@ tests/train/test_canaries.py fails when they change.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,11 +61,12 @@ class RunTrainer(Trainer):
             lengths if strategy == "group_by_length" else None,
             shuffle=strategy != "sequential",
         )
-        self.whole_logits = label_rows.supports(self.model)
+        self.whole_logits = self.own_loss = label_rows.supports(self.model)
         if self.label_smoother is not None or not self.model_accepts_loss_kwargs:
             self.whole_logits = "the loss is not the model's own"
         self.warm_start: str | None = None
-        self.finite = callbacks.FiniteLoss(ranks, self.order.examples_of)
+        self.finite = callbacks.FiniteLoss(ranks, self.order.examples_of, self._scales_the_loss)
+        self.held_out: list[tuple[torch.Tensor, torch.Tensor]] = []  # (mean loss, labelled tokens) of each batch of a validation
         self.add_callback(self.finite)
         self.add_callback(self.stop)  # after the Trainer's own, which asks for what the strategies say
 
@@ -88,6 +90,35 @@ class RunTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """The loss of a causal model is kept with the number of its tokens: batches do not count alike."""
+        if self.compute_loss_func is not None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels_BT = inputs["labels"].clone()
+        # The last batch of all ranks is filled up with examples that were there before.
+        known = len(self.accelerator.gather_for_metrics(torch.ones(len(labels_BT), device=labels_BT.device)))
+        labels_BT[max(0, known - self.ranks.rank * len(labels_BT)) :] = label_rows.IGNORED
+        inputs = {**inputs, "labels": labels_BT}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.own_loss is None:
+                loss = label_rows.next_token_loss(model, label_rows.unwrap(self.model), inputs)
+            else:
+                loss = model(**inputs)["loss"]
+        self.held_out.append((loss, (labels_BT[:, 1:] != label_rows.IGNORED).sum()))
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Its loss of a causal model is that of evaluate.held_out_loss: the mean over all labelled tokens of all batches and ranks."""
+        self.held_out.clear()
+        made = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.compute_loss_func is None:
+            mine = [(float(loss), int(tokens)) for loss, tokens in self.held_out]
+            sums = self.ranks.gather((sum(loss * tokens for loss, tokens in mine if tokens), sum(tokens for _, tokens in mine)))
+            total, tokens = (sum(part) for part in zip(*sums, strict=True))
+            made.metrics[f"{metric_key_prefix}_loss"] = total / tokens if tokens else math.nan
+        return made
+
     # Optimizer ----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -100,6 +131,8 @@ class RunTrainer(Trainer):
                     group["params"] = [p for p in group["params"] if p is not named[name]]
                     rest = {key: value for key, value in group.items() if key != "params"}
                     optimizer.add_param_group({**rest, "params": [named[name]], "weight_decay": decay})
+        if self.is_deepspeed_enabled and self._made_by()["zero_stage"] in (1, 2):
+            _by_dtype(optimizer)
         return optimizer
 
     # Loss ---------------------------------------------------------------------------------------------------------
@@ -120,6 +153,10 @@ class RunTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.finite.seen(self.state.global_step + 1, loss.detach())
         return loss
+
+    def _scales_the_loss(self) -> bool:
+        """Whether gradients are searched for a scale at which fp16 holds them, here or in DeepSpeed."""
+        return getattr(self.accelerator, "scaler", None) is not None or self.accelerator.mixed_precision == "fp16"
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -168,6 +205,11 @@ class RunTrainer(Trainer):
         model = self.model if model is None else model
         checkpoints.load(model, Path(resume_from_checkpoint), self.dynamic)
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        found = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint's state has the intervals of the start that wrote it
+        return found
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
             self._load_from_checkpoint(resume_from_checkpoint)  # before DeepSpeed flattens the values
@@ -203,6 +245,19 @@ class RunTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _by_dtype(optimizer: Any) -> None:
+    """No group of parameters has two dtypes, and the widest comes first.
+
+    Stages 1 and 2 lay the parameters of a group into one buffer, which would make them all float32, and reduce all gradients
+    in the dtype of the first group.
+    """
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for dtype in dict.fromkeys(p.dtype for p in group["params"]):
+            groups.append({**group, "params": [p for p in group["params"] if p.dtype == dtype]})
+    optimizer.param_groups[:] = sorted(groups, key=lambda group: -group["params"][0].element_size())
 
 
 def _words(made_by: dict[str, Any]) -> str:

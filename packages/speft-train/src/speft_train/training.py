@@ -5,9 +5,11 @@ agree.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +40,22 @@ def train(run: Run) -> Result:
     total = steps_in_all(len(run.data.train), batch, args.max_steps, args.num_train_epochs)
     checkpoint = resuming.checkpoint(run, batch, total)
     changes = dynamic.build(run)
-    trainer = _trainer(run, args, changes)
     before = run.folder.result("train").get("train_seconds", 0.0) if checkpoint else 0.0
-    memory.reset_peak()
-    started = time.perf_counter()
-    use_cache = run.model.config.use_cache
-    ordinary = [p for p in run.attached.model.parameters() if not is_partitioned(p)]
-    try:
-        if checkpoint is not None and resuming.is_over(run.cfg, checkpoint, total):
-            checkpoints.load(run.attached.model, checkpoints.shipped(checkpoint, args.load_best_model_at_end), changes)
-            history = _kept(checkpoints.state(checkpoint).get("log_history", []))
-        else:
-            history = _loop(run, trainer, checkpoint)
-    finally:
-        run.model.config.use_cache = use_cache
-        for callback in trainer.callback_handler.callbacks:  # the Trainer tells them of the end, but not of an error
-            if isinstance(callback, TensorBoard):
-                callback.file.close()
+    with _cache_as_before(run.model.config):
+        trainer = _trainer(run, args, changes)
+        memory.reset_peak()
+        started = time.perf_counter()
+        ordinary = [p for p in run.attached.model.parameters() if not is_partitioned(p)]
+        try:
+            if checkpoint is not None and resuming.is_over(run.cfg, checkpoint, total):
+                checkpoints.load(run.attached.model, checkpoints.shipped(checkpoint, args.load_best_model_at_end), changes)
+                history = _kept(checkpoints.state(checkpoint).get("log_history", []))
+            else:
+                history = _loop(run, trainer, checkpoint)
+        finally:
+            for callback in trainer.callback_handler.callbacks:  # the Trainer tells them of the end, but not of an error
+                if isinstance(callback, TensorBoard):
+                    callback.file.close()
     seconds = before + time.perf_counter() - started
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     run.model.eval()
@@ -77,6 +78,20 @@ def train(run: Run) -> Result:
         result["dynamic"] = dynamic.finish(run, changes)
     result["digest"] = _same_on_all_ranks(run)
     return result
+
+
+@contextmanager
+def _cache_as_before(config: Any) -> Iterator[None]:
+    """The Trainer turns the cache of keys and values off as soon as it is made; the configuration that ships is the model's own."""
+    missing = object()
+    before = getattr(config, "use_cache", missing)
+    try:
+        yield
+    finally:
+        if before is not missing:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):  # an encoder's, which the Trainer gave one
+            del config.use_cache
 
 
 def _stop_if_asked(run: Run, result: Result, total: int) -> None:
@@ -157,7 +172,8 @@ def _of_task(run: Run) -> dict[str, Any]:
 
     if run.cfg.model.task == "causal_lm":
         return {}
-    return {"compute_loss_func": classification.loss, "compute_metrics": classification.trainer_metrics(run.data.space)}
+    smoothed = partial(classification.loss, smoothing=run.cfg.train.get("label_smoothing_factor") or 0.0)
+    return {"compute_loss_func": smoothed, "compute_metrics": classification.trainer_metrics(run.data.space)}
 
 
 def _loop(run: Run, trainer: Any, checkpoint: Path | None) -> list[Result]:
@@ -205,7 +221,11 @@ def _out_of_memory(run: Run) -> Iterator[None]:
 
 
 def _kept(log: list[Result]) -> list[Result]:
+    """Of an optimizer step that fp16 skipped there is no gradient's norm: JSON knows no infinity."""
     rows = [{key: row[key] for key in KEPT if key in row} for row in log]
+    for row in rows:
+        if not math.isfinite(row.get("grad_norm") or 0.0):
+            del row["grad_norm"]
     return [row for row in rows if "loss" in row or "eval_loss" in row]
 
 

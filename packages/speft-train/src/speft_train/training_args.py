@@ -12,14 +12,14 @@ from typing import Any
 
 from speft_core.errors import UserError, nearest
 
-from . import engine
+from . import engine, train_args
 from .config import RunConfig, batch_plan
 from .ranks import Ranks
 from .sampler import require_batch
 
 # Where a run differs from TrainingArguments: checkpoints are small, and a long log interval hides a diverging loss.
 DEFAULTS: dict[str, Any] = {
-    "logging_steps": 10,
+    "logging_steps": train_args.LOGGING_STEPS,
     "save_steps": 200,
     "save_total_limit": 2,
     "restore_callback_states_from_checkpoint": True,  # what early stopping has counted
@@ -89,6 +89,8 @@ def _fields(cfg: RunConfig, world: int, folder: Path) -> dict[str, Any]:
         dataloader_drop_last=True,
     )
     fields["save_total_limit"] = None  # RunTrainer rotates, see `kept`
+    if (steps := train_args.steps_to_best(cfg.train)) is not None:
+        fields["save_steps"] = steps
     fields.setdefault("per_device_eval_batch_size", per_device)  # what trains fits; eight long examples of a 7B model may not
     fields.setdefault("use_cpu", not torch.cuda.is_available())
     if fields["use_cpu"]:
