@@ -6,51 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import pico
+from hub.exported import adapter_for, logits
 from hub.loopback import LoopbackHub
 from speft_core import AdapterConfig, MultiHeadModel, SparseAdapter, SparseDelta, UserError
-from speft_core.fingerprint import fingerprint
 from speft_hub import push
 from speft_hub.describe import check_against
 from speft_hub.export import export
-
-
-def adapter_for(
-    model: PreTrainedModel,
-    base: str,
-    dtype: torch.dtype | None = None,
-    dense: dict[str, Any] | None = None,
-    skip: str = "",
-    **config: Any,
-) -> SparseAdapter:
-    """Thirty random changes in every parameter of the model."""
-    draw = torch.Generator().manual_seed(5)
-    deltas, prints = {}, {}
-    for name, weight in model.named_parameters():
-        if skip and skip in name:
-            continue
-        k = min(30, weight.numel() // 2)
-        indices = torch.randperm(weight.numel(), generator=draw)[:k].sort().values.int()
-        deltas[name] = SparseDelta(indices, torch.randn(k, generator=draw).to(dtype or weight.dtype), tuple(weight.shape))
-        prints[name] = fingerprint(weight, indices)
-    return SparseAdapter(deltas, dense or {}, AdapterConfig(base_model_name_or_path=base, **config), prints)
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**{k: v for k, v in pico.batch(model).items() if k != "labels"}).logits
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,15 +13,10 @@ from speft_core import UserError
 from . import names
 from .addresses import Reference, is_reference, parse
 from .checkpoint import HEADER_LIMIT, INDEX, weight_files
+from .names import CHECKPOINT_FILES
 from .pulling import Progress, fetch_small, pull
 from .registry import Entry, NotFound
 
-# The files of a plain Transformers checkpoint that an export takes along. No pickles, no code.
-CHECKPOINT_FILES = re.compile(
-    r"(model|pytorch_model|diffusion_pytorch_model)?[\w.-]*\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json"
-    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
-    r"|spiece\.model|sentencepiece\.bpe\.model|chat_template\.(json|jinja)|preprocessor_config\.json|LICENSE(\.md|\.txt)?|NOTICE(\.txt)?"
-)
 PLUGINS = "speft.base_models"  # entry points: the part of a name before ":" -> function(name) -> folder
 
 
