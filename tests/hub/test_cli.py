@@ -146,7 +146,7 @@ def test_multi_head_of_real_models_from_two_repositories(cli: Any, tmp_path: Pat
         (["push", "{a}", "file://{t}/r/x", "--results", "{t}/none.json"], "there is no file"),
         (["push", "{a}", "file://{t}/r/x", "--parent", "abcdef0"], "not found"),
         (["push", "{a}", "file:///"], "/ exists and is no registry"),
-        (["export", "{a}", "{t}/x", "--base", "{t}/none"], "a repository is written"),
+        (["export", "{a}", "{t}/x", "--base", "{t}/none"], "a base is a folder"),
         (["convert", "{a}", "{t}/x"], "speft adapter already"),
         (["convert", "{a}", "{t}/x", "--to", "lora"], "--to must be"),
         (["convert", "{t}/b", "{t}/x", "--against", "{t}/b", "--to", "shira"], "--against makes a speft adapter, got --to shira"),

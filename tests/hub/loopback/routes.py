@@ -117,6 +117,11 @@ def information(request: Request, repo_id: str, revision: str) -> None:
     request.reply(200, info)
 
 
+@route("GET", rf"/api/models/([\w.-]+)(?:/revision/{REVISION})?")
+def without_owner(request: Request, name: str, revision: str) -> None:
+    see(request, name)  # none is here but those that have moved
+
+
 @route("GET", f"/api/models/{REPO}/tree/{REVISION}")
 def tree(request: Request, repo_id: str, revision: str) -> None:
     repo = open_files(request, repo_id)

@@ -95,6 +95,11 @@ class Request(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.user = self.hub.tokens.get(token) if token else None
         self.hub.requests.append((self.command, unquote(self.path), token))
+        moved = re.match(r"(/api/models)?/([\w.-]+)(?=/|$)", parts.path)
+        if moved and moved[2] in self.hub.moved:
+            to = f"{moved[1] or ''}/{self.hub.moved[moved[2]]}{self.path[moved.end():]}"
+            self.reply(307, b"", {"Location": to})
+            return
         try:
             if (fault := self.fault("status")) is not None:
                 raise HubError(fault.get("code", 503), "injected")
@@ -131,6 +136,7 @@ class LoopbackHub:
     def __init__(self, tokens: dict[str, str]) -> None:
         self.tokens = tokens
         self.repos: dict[str, Repo] = {}
+        self.moved: dict[str, str] = {}  # as the Hub answers for its first models: gpt2 is openai-community/gpt2 now
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.bugs: list[str] = []
@@ -158,7 +164,7 @@ class LoopbackHub:
 
     def reset(self) -> None:
         """Forget repositories, faults and requests."""
-        for kept in (self.repos, self.large, self.requests, self.bugs, self.faults):
+        for kept in (self.repos, self.moved, self.large, self.requests, self.bugs, self.faults):
             kept.clear()
         self.flooded = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from .folder import FolderRegistry
 from .registry import Registry
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+BASE_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")  # the Hub's first models have no owner: gpt2
 REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}")
 
 
@@ -39,10 +41,11 @@ def is_reference(text: str) -> bool:
     return text.startswith("file:") or (not Path(text).exists() and REPO_ID.fullmatch(text.partition("@")[0]) is not None)
 
 
-def parse(text: str) -> Reference:
+def parse(text: str, base: bool = False) -> Reference:
     """Read `owner/name[@revision]` (the Hub) or `file:///folder/owner/name[@revision]` (a folder registry).
 
     A literal `@` or other odd character in a folder's path is written percent-encoded. UserError for what is neither.
+    base: of a base model, which on the Hub may be a `name` without an owner.
     """
     address, at, revision = text.partition("@")
     if at and not REVISION.fullmatch(revision):
@@ -52,7 +55,9 @@ def parse(text: str) -> Reference:
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
             raise UserError(f"a folder registry is written file:///absolute/path, got {text!r}")
         return Reference(FolderRegistry(), unquote(parts.path).rstrip("/") or "/", revision or None)
-    if not REPO_ID.fullmatch(address) or ".." in address:
+    if not (BASE_ID if base else REPO_ID).fullmatch(address) or ".." in address:
+        if base:
+            raise UserError(f"a base is a folder, bundled:NAME, name, owner/name or file:///path/owner/name, got {text!r}")
         raise UserError(f"a repository is written owner/name[@revision] or file:///path/owner/name[@revision], got {text!r}")
     return Reference(_hub(), address, revision or None)
 
@@ -66,8 +71,8 @@ def check_revision(name: str, what: str) -> None:
 
 
 def public_base(told: str | None) -> str | None:
-    """The base model's name as others may see it: a path of this machine is cut to its last part."""
+    """The base model's name as others may see it: a path of this machine, also a relative one that is there, is cut to its last part."""
     if not told:
         return None
-    is_path = told.startswith(("/", ".", "~")) or "\\" in told or told.count("/") > 1
+    is_path = told.startswith(("/", ".", "~")) or "\\" in told or told.count("/") > 1 or os.path.exists(told)
     return Path(told.rstrip("/\\").replace("\\", "/")).name if is_path else told

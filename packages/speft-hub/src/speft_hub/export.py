@@ -187,15 +187,14 @@ def _classifier(architecture: str) -> str:
 
 def _card(adapter: SparseAdapter, base: str, name: str) -> str:
     """A short card: what it was made of."""
-    public = public_base(base)
     metadata: dict[str, Any] = {"library_name": "transformers"}
-    on_hub = public == base and "/" in base and not Path(base).exists()
+    on_hub = None if base.startswith("file:") or base_folder(base) else base.partition("@")[0]
     if on_hub:
-        metadata |= {"base_model": base, "base_model_relation": "finetune"}
+        metadata |= {"base_model": on_hub, "base_model_relation": "finetune"}
     metadata["tags"] = ["speft", "sparse"]
-    CardFields(base_model=base if on_hub else None).check()
+    CardFields(base_model=on_hub).check()
     body = (
-        f"# {plain(name)}\n\n{plain(public or 'the base model')} with {adapter.nnz:,} single weights changed by a sparse"
+        f"# {plain(name)}\n\n{plain(public_base(base) or 'the base model')} with {adapter.nnz:,} single weights changed by a sparse"
         f" adapter (selection: {plain(adapter.config.metric or 'not recorded')}), exported as a plain checkpoint:"
         " loads in Transformers, lm-eval and vLLM without speft.\n"
     )

@@ -56,7 +56,7 @@ def base_folder(base: str) -> Path | None:
 
 def base_files(base: str, revision: str | None) -> tuple[Reference, dict[str, Entry]]:
     """The files of a base model in a repository, pinned to a commit; of its weights those that belong to the checkpoint."""
-    reference = parse(base)
+    reference = parse(base, base=True)
     registry, repo = reference.registry, reference.repo
     try:
         sha = registry.resolve(repo, reference.revision or revision or "main")
@@ -79,4 +79,4 @@ def base_name(adapter_base: str | None, told: str | None, folder: Path) -> str:
         return told
     if adapter_base:
         return adapter_base
-    raise UserError(f"{folder}: {names.CONFIG} names no base model; give --base FOLDER or --base owner/name")
+    raise UserError(f"{folder}: {names.CONFIG} names no base model; give --base FOLDER, --base name or --base owner/name")
