@@ -37,6 +37,8 @@ DTYPES = {
 }
 LM_HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# How a file may call what the model calls by the second name: Transformers renames it on load (BERT, GPT-NeoX).
+OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"), ("embed_out.weight", LM_HEAD))
 
 
 @dataclass(frozen=True)
@@ -163,12 +165,17 @@ class Checkpoint:
             return torch.equal(x, y)
 
     def stored(self, parameter: str) -> str | None:
-        if parameter in self.places:
-            return parameter
-        without = parameter.partition(".")[2]
+        """The tensor of that name, with or without the model's prefix, in today's or an old spelling."""
+        old = [parameter.removesuffix(new) + old for old, new in OLD_NAMES if parameter.endswith(new)]
+        return next((found for name in (parameter, *old) if (found := self._stored(name))), None)
+
+    def _stored(self, name: str) -> str | None:
+        if name in self.places:
+            return name
+        without = name.partition(".")[2]
         if without in self.places:
             return without
-        longer = [k for k in self.places if k.endswith("." + parameter) and k.count(".") == parameter.count(".") + 1]
+        longer = [k for k in self.places if k.endswith("." + name) and k.count(".") == name.count(".") + 1]
         return longer[0] if len(longer) == 1 else None
 
     @contextmanager

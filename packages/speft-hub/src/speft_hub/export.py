@@ -8,6 +8,7 @@ needed is that of one tensor, and every byte that the adapter does not change is
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -24,13 +25,20 @@ from speft_core.writing import gather, write_sum
 
 from .addresses import public_base
 from .card import CardFields, plain
-from .checkpoint import SINGLE, Checkpoint, write_index
+from .checkpoint import LM_HEAD, SINGLE, Checkpoint, write_index
 from .names import HEADS, check_place
 from .pulling import Progress, _fetch, check_folder
 from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
 
 NOT_TAKEN = ("dtype", "torch_dtype", "transformers_version", "quantization_config")  # of the adapted model's configuration
 LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
+
+
+# What Transformers' classifiers have on top of a body: only such a tensor may be one that the base has not. An output layer is never
+# missing from a base, and what a base calls otherwise (a router, a norm) would be overwritten on load by the base's own.
+HEAD = re.compile(
+    r"(score|classifier|pre_classifier|classification_head|qa_outputs|head|dense|sequence_summary|logits_proj|(\w+\.)?pooler)\..+"
+)
 
 
 def export(
@@ -74,7 +82,7 @@ def export(
             _change(checkpoint, name, delta, loaded, chosen, check_base)
             if progress:
                 progress("writing", i + 1, len(loaded.deltas))
-        _place_heads(checkpoint, loaded.dense, beside)
+        _place_heads(checkpoint, loaded.dense, beside, chosen)
         _write_config(folder, loaded, checkpoint.config, beside, None if head is None else labels[head])
         (beside / "README.md").write_text(_card(loaded, chosen, out.name), encoding="utf-8")
     return out
@@ -95,10 +103,14 @@ def _copy_base(base: str, revision: str | None, beside: Path, progress: Progress
                 progress(file.name, file.stat().st_size, file.stat().st_size)
 
 
+def _missing(base: str, name: str) -> UserError:
+    return UserError(f"base {base} has no tensor for the adapter's {name}; it is another base, or stored in another layout")
+
+
 def _change(checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapter, base: str, check_base: bool) -> None:
     keys = checkpoint.keys_of(name)
     if not keys:
-        raise UserError(f"base {base} has no tensor for the adapter's {name}; it is another base, or stored in another layout")
+        raise _missing(base, name)
     for key in keys:
         with checkpoint.tensor(key, write=True) as weight:
             if tuple(weight.shape) != delta.shape or not weight.is_floating_point():
@@ -110,11 +122,14 @@ def _change(checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapte
             write_sum(weight, delta.indices_K, base_K, delta.values_K)
 
 
-def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside: Path) -> None:
-    """Whole tensors: over the base's where it has them, otherwise into a file of their own with an index."""
+def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside: Path, base: str) -> None:
+    """Whole tensors: over the base's where it has them, heads that it has not into a file of their own with an index."""
     new: dict[str, torch.Tensor] = {}
+    common = next((p.dtype for p in checkpoint.places.values() if p.dtype.is_floating_point), torch.float32)
     for name, tensor in dense.items():
         keys = checkpoint.keys_of(name)
+        if name.endswith(LM_HEAD) and checkpoint.tied:
+            raise UserError(f"{name} is the embeddings once more in base {base}: a head of its own would change those, too")
         for key in keys:
             with checkpoint.tensor(key, write=True) as weight:
                 if weight.shape != tensor.shape:
@@ -123,10 +138,15 @@ def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside:
                     )
                 weight.copy_(tensor)
         if not keys:
-            common = next((p.dtype for p in checkpoint.places.values() if p.dtype.is_floating_point), tensor.dtype)
+            whole = not name.endswith(".bias") or name.removesuffix("bias") + "weight" in dense
+            if not (HEAD.fullmatch(name) and whole):
+                raise _missing(base, name)
             new[name] = tensor.to(common).contiguous().clone()
-    if not new:
-        return
+    if new:
+        _write_new(checkpoint, new, beside)
+
+
+def _write_new(checkpoint: Checkpoint, new: dict[str, torch.Tensor], beside: Path) -> None:
     files: dict[str, list[str]] = {}
     for key, place in checkpoint.places.items():
         files.setdefault(place.file.name, []).append(key)
