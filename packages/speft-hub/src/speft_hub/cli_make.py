@@ -15,7 +15,7 @@ from speft_core.merge_report import totals
 from .addresses import is_reference
 from .cli_options import BaseModel, Force, Json, NoBase, Out, Source, Sources, Text, Texts, app, merge_options, shares
 from .combining import merge_adapters, multihead
-from .console import progress_bar, show, table
+from .console import note, progress_bar, show, table
 from .names import check_place
 
 
@@ -87,7 +87,7 @@ def export(
     from .sources import adapter_folder
 
     with progress_bar(json) as progress, adapter_folder(source, progress) as folder:
-        write(folder, out, base, head=head, check_base=not no_base_check, force=force, progress=progress)
+        write(folder, out, base, head=head, check_base=not no_base_check, force=force, progress=progress, say=note)
     show({"out": str(out)}, json, lambda: print(out))
 
 

@@ -31,6 +31,11 @@ def show(record: dict[str, Any] | list[Any], as_json: bool, text: Callable[[], N
         text()
 
 
+def note(line: str) -> None:
+    """One line on stderr that a person should know, although all went well."""
+    print(f"note: {line}", file=sys.stderr)
+
+
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """A table that fits the terminal; on a pipe, as wide as it needs."""
     out = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)

@@ -7,10 +7,9 @@ needed is that of one tensor, and every byte that the adapter does not change is
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,18 @@ from speft_core.writing import gather, write_sum
 from .addresses import public_base
 from .card import CardFields, plain
 from .checkpoint import LM_HEAD, SINGLE, Checkpoint, write_index
-from .names import HEADS, check_place
+from .export_config import made_config, write_configs
+from .names import CHECKPOINT_FILES, HEADS, TEMPLATES, check_place
 from .pulling import Progress, _fetch, check_folder
-from .sources import CHECKPOINT_FILES, base_files, base_folder, base_name
-
-NOT_TAKEN = ("dtype", "torch_dtype", "transformers_version", "quantization_config")  # of the adapted model's configuration
-LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
-
+from .sources import base_files, base_folder, base_name
 
 # What Transformers' classifiers have on top of a body: only such a tensor may be one that the base has not. An output layer is never
 # missing from a base, and what a base calls otherwise (a router, a norm) would be overwritten on load by the base's own.
 HEAD = re.compile(
     r"(score|classifier|pre_classifier|classification_head|qa_outputs|head|dense|sequence_summary|logits_proj|(\w+\.)?pooler)\..+"
 )
+Say = Callable[[str], None]
+"""Called with one line that a person should know."""
 
 
 def export(
@@ -50,6 +48,7 @@ def export(
     check_base: bool = True,
     force: bool = False,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Path:
     """Write the checkpoint of `adapter` (a folder) on its base into the new folder `out`.
 
@@ -57,19 +56,7 @@ def export(
     UserError when the base is not the adapter's (unless `check_base` is False), or has no tensor that the adapter changes.
     """
     folder, out = Path(adapter), Path(out)
-    loaded = check_folder(folder)
-    heads: dict[str, dict[str, torch.Tensor]] = {}
-    labels: dict[str, dict[str, Any]] = {}
-    if head is not None or (folder / HEADS).is_file():
-        from speft_core.multihead import load_heads, load_labels
-
-        heads, labels = load_heads(folder)[0], load_labels(folder)
-    if head is None and any(heads.values()):
-        raise UserError(f"{folder} has several heads and a checkpoint has one; choose with --head {' or '.join(heads)}")
-    if head is not None:
-        if head not in heads:
-            raise UserError(f"{folder} has no head {head!r}; it has {', '.join(heads)}")
-        loaded = SparseAdapter(loaded.deltas, dict(heads[head]), loaded.config, loaded.fingerprint)
+    loaded, labels = _loaded(folder, head)
     chosen = base_name(loaded.config.base_model_name_or_path, base, folder)
     local = base_folder(chosen)
     if local is not None and local.resolve() == out.resolve():
@@ -83,9 +70,30 @@ def export(
             if progress:
                 progress("writing", i + 1, len(loaded.deltas))
         _place_heads(checkpoint, loaded.dense, beside, chosen)
-        _write_config(folder, loaded, checkpoint.config, beside, None if head is None else labels[head])
+        notes = write_configs(beside, made_config(folder, loaded.dense, checkpoint.config, labels))
         (beside / "README.md").write_text(_card(loaded, chosen, out.name), encoding="utf-8")
+    for line in notes:
+        if say:
+            say(line)
     return out
+
+
+def _loaded(folder: Path, head: str | None) -> tuple[SparseAdapter, dict[str, Any] | None]:
+    """The adapter, of a multi-head folder with the head that was chosen; and what that head's outputs mean."""
+    loaded = check_folder(folder)
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    labels: dict[str, dict[str, Any]] = {}
+    if head is not None or (folder / HEADS).is_file():
+        from speft_core.multihead import load_heads, load_labels
+
+        heads, labels = load_heads(folder)[0], load_labels(folder)
+    if head is None:
+        if any(heads.values()):
+            raise UserError(f"{folder} has several heads and a checkpoint has one; choose with --head {' or '.join(heads)}")
+        return loaded, None
+    if head not in heads:
+        raise UserError(f"{folder} has no head {head!r}; it has {', '.join(heads)}")
+    return SparseAdapter(loaded.deltas, dict(heads[head]), loaded.config, loaded.fingerprint), labels[head]
 
 
 def _copy_base(base: str, revision: str | None, beside: Path, progress: Progress | None) -> None:
@@ -96,11 +104,13 @@ def _copy_base(base: str, revision: str | None, beside: Path, progress: Progress
             _fetch(reference, name, entry, beside / name, progress)
         return
     wanted = {f.name for f in Checkpoint(local).files}
-    for file in sorted(local.iterdir()):
-        if file.is_file() and CHECKPOINT_FILES.fullmatch(file.name) and (file.suffix != ".safetensors" or file.name in wanted):
-            shutil.copyfile(file, beside / file.name)
+    for file in sorted((*local.iterdir(), *local.glob(f"{TEMPLATES}/*"))):
+        name = file.relative_to(local).as_posix()
+        if file.is_file() and CHECKPOINT_FILES.fullmatch(name) and (file.suffix != ".safetensors" or name in wanted):
+            (beside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, beside / name)
             if progress:
-                progress(file.name, file.stat().st_size, file.stat().st_size)
+                progress(name, file.stat().st_size, file.stat().st_size)
 
 
 def _missing(base: str, name: str) -> UserError:
@@ -165,44 +175,6 @@ def _free_name(stem: str, taken: Collection[str]) -> str:
         i += 1
         name = f"{stem}-{i}.safetensors"
     return name
-
-
-def _write_config(
-    folder: Path, adapter: SparseAdapter, base: dict[str, Any], beside: Path, labels: dict[str, Any] | None
-) -> None:
-    """`config.json`: the adapted model's where the adapter brings one, otherwise the base's, made a classifier's if need be.
-
-    labels: what the outputs of a multi-head folder's head mean; None for an adapter that has one head.
-    """
-    config = dict(base)
-    if (folder / "config.json").is_file():
-        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if own.get("model_type") == base.get("model_type"):
-            left = NOT_TAKEN if labels is None else NOT_TAKEN + LABEL_KEYS  # those of a multi-head folder are one head's
-            config = base | {k: v for k, v in own.items() if k not in left}
-    head = next(
-        (t for n, t in adapter.dense.items() if n in ("score.weight", "classifier.weight", "classifier.out_proj.weight")), None
-    )
-    architectures = config.get("architectures") or []
-    if head is not None and not any("SequenceClassification" in str(a) for a in architectures):
-        config["architectures"] = [_classifier(str(a)) for a in architectures]
-    if head is not None and (labels is not None or len(config.get("id2label") or {0: "", 1: ""}) != head.shape[0]):
-        for key in LABEL_KEYS:
-            config.pop(key, None)
-        names = (labels or {}).get("id2label") or {str(i): f"LABEL_{i}" for i in range(head.shape[0])}
-        config["id2label"], config["label2id"] = names, {name: int(place) for place, name in names.items()}
-        if (labels or {}).get("problem_type"):
-            config["problem_type"] = (labels or {})["problem_type"]
-    for private in ("_name_or_path", "name_or_path"):
-        config.pop(private, None)
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _classifier(architecture: str) -> str:
-    for ending in ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model"):
-        if architecture.endswith(ending):
-            return architecture.removesuffix(ending) + "ForSequenceClassification"
-    return architecture
 
 
 def _card(adapter: SparseAdapter, base: str, name: str) -> str:
