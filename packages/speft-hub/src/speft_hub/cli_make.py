@@ -75,9 +75,12 @@ def export(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     base: Annotated[
-        Text, typer.Option(help="The base: a folder, owner/name, bundled:NAME; by default what the adapter names.")
+        Text, typer.Option(help="The base: a folder, name or owner/name, bundled:NAME; by default what the adapter names.")
     ] = None,
     head: Annotated[Text, typer.Option(help="Of a multi-head folder: the task whose head to take.")] = None,
+    dtype: Annotated[
+        Text, typer.Option(help="float32: widen a 16-bit base first, for an adapter trained in float32; by default the base's own.")
+    ] = None,
     no_base_check: NoBase = False,
     force: Force = False,
     json: Json = False,
@@ -87,7 +90,7 @@ def export(
     from .sources import adapter_folder
 
     with progress_bar(json) as progress, adapter_folder(source, progress) as folder:
-        write(folder, out, base, head=head, check_base=not no_base_check, force=force, progress=progress, say=note)
+        write(folder, out, base, head=head, dtype=dtype, check_base=not no_base_check, force=force, progress=progress, say=note)
     show({"out": str(out)}, json, lambda: print(out))
 
 

@@ -29,6 +29,7 @@ from .export_config import made_config, write_configs
 from .names import CHECKPOINT_FILES, HEADS, TEMPLATES, check_place
 from .pulling import Progress, _fetch, check_folder
 from .sources import base_files, base_folder, base_name
+from .widen import NARROW, widen
 
 # What Transformers' classifiers have on top of a body: only such a tensor may be one that the base has not. An output layer is never
 # missing from a base, and what a base calls otherwise (a router, a norm) would be overwritten on load by the base's own.
@@ -45,6 +46,7 @@ def export(
     base: str | None = None,
     *,
     head: str | None = None,
+    dtype: str | None = None,
     check_base: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -53,9 +55,12 @@ def export(
     """Write the checkpoint of `adapter` (a folder) on its base into the new folder `out`.
 
     base: a folder, a repository, or what the adapter names. head: for a multi-head folder, the task whose head to take.
+    dtype: "float32" to widen the base's 16-bit weights first; else each tensor keeps the base's dtype.
     UserError when the base is not the adapter's (unless `check_base` is False), or has no tensor that the adapter changes.
     """
     folder, out = Path(adapter), Path(out)
+    if dtype not in (None, "float32"):
+        raise UserError(f"--dtype must be float32, or left out for the base's own, got {dtype!r}")
     loaded, labels = _loaded(folder, head)
     chosen = base_name(loaded.config.base_model_name_or_path, base, folder)
     local = base_folder(chosen)
@@ -64,15 +69,19 @@ def export(
     check_place(out, force, "checkpoint", "config.json")
     with atomic_folder(out) as beside:
         _copy_base(chosen, None if base else loaded.config.base_model_revision, beside, progress)
+        if dtype:
+            widen(beside)
         checkpoint = Checkpoint(beside)
+        narrowed: set[torch.dtype] = set()
         for i, (name, delta) in enumerate(loaded.deltas.items()):
-            _change(checkpoint, name, delta, loaded, chosen, check_base)
+            narrowed |= _change(checkpoint, name, delta, loaded, chosen, check_base)
             if progress:
                 progress("writing", i + 1, len(loaded.deltas))
-        _place_heads(checkpoint, loaded.dense, beside, chosen)
-        notes = write_configs(beside, made_config(folder, loaded.dense, checkpoint.config, labels))
-        (beside / "README.md").write_text(_card(loaded, chosen, out.name), encoding="utf-8")
-    for line in notes:
+        narrowed |= _place_heads(checkpoint, loaded, beside, chosen)
+        notes = write_configs(beside, made_config(folder, loaded.dense, checkpoint.config, labels), dtype)
+        rounded = _rounded(narrowed)
+        (beside / "README.md").write_text(_card(loaded, chosen, out.name, rounded), encoding="utf-8")
+    for line in [*([f"{rounded}; --dtype float32 keeps them"] if rounded else []), *notes]:
         if say:
             say(line)
     return out
@@ -117,10 +126,14 @@ def _missing(base: str, name: str) -> UserError:
     return UserError(f"base {base} has no tensor for the adapter's {name}; it is another base, or stored in another layout")
 
 
-def _change(checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapter, base: str, check_base: bool) -> None:
+def _change(
+    checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapter, base: str, check_base: bool
+) -> set[torch.dtype]:
+    """Write one tensor's changes; the 16-bit dtype to which weights that were trained wider are rounded by it, if so."""
     keys = checkpoint.keys_of(name)
     if not keys:
         raise _missing(base, name)
+    record = adapter.fingerprint.get(name) or {}
     for key in keys:
         with checkpoint.tensor(key, write=True) as weight:
             if tuple(weight.shape) != delta.shape or not weight.is_floating_point():
@@ -128,15 +141,39 @@ def _change(checkpoint: Checkpoint, name: str, delta: Any, adapter: SparseAdapte
                 raise UserError(f"this adapter is for another base: {name} has shape {delta.shape}, {key} in {base} is {found}")
             base_K = gather(weight, delta.indices_K)
             if check_base:
-                check_fingerprint(name, weight, delta, adapter.fingerprint.get(name), base, base_K)
+                check_fingerprint(name, weight, delta, record, base, base_K)
             write_sum(weight, delta.indices_K, base_K, delta.values_K)
+    stored = {checkpoint.places[key].dtype for key in keys}
+    return stored & set(NARROW) if _was_wide(record, delta.values_K.dtype) else set()
 
 
-def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside: Path, base: str) -> None:
-    """Whole tensors: over the base's where it has them, heads that it has not into a file of their own with an index."""
+def _was_wide(record: Collection[str], dtype: torch.dtype) -> bool:
+    """Whether a tensor was trained in float32 or wider: by its fingerprint's hashes or, where there are none, by what was learned."""
+    hashes = {key for key in record if key.startswith("base_")}
+    return bool(hashes & {"base_float32", "base_float64"}) if hashes else dtype.itemsize > 2
+
+
+def _rounded(narrowed: Collection[torch.dtype]) -> str:
+    """What to say of weights that were rounded to `narrowed`; nothing when none was."""
+    if not narrowed:
+        return ""
+    stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrowed))
+    return (
+        f"the adapter was trained in float32 and the base is stored in {stored}, to which the changed weights are rounded:"
+        " figures measured in float32 are not exactly this checkpoint's"
+    )
+
+
+def _place_heads(checkpoint: Checkpoint, adapter: SparseAdapter, beside: Path, base: str) -> set[torch.dtype]:
+    """Whole tensors: over the base's where it has them, heads that it has not into a file of their own with an index.
+
+    Returns the 16-bit dtypes to which tensors that were trained wider are rounded.
+    """
     new: dict[str, torch.Tensor] = {}
+    stored: set[torch.dtype] = set()
     common = next((p.dtype for p in checkpoint.places.values() if p.dtype.is_floating_point), torch.float32)
-    for name, tensor in dense.items():
+    records = {key for record in adapter.fingerprint.values() for key in record}
+    for name, tensor in adapter.dense.items():
         keys = checkpoint.keys_of(name)
         if name.endswith(LM_HEAD) and checkpoint.tied:
             raise UserError(f"{name} is the embeddings once more in base {base}: a head of its own would change those, too")
@@ -148,12 +185,15 @@ def _place_heads(checkpoint: Checkpoint, dense: dict[str, torch.Tensor], beside:
                     )
                 weight.copy_(tensor)
         if not keys:
-            whole = not name.endswith(".bias") or name.removesuffix("bias") + "weight" in dense
+            whole = not name.endswith(".bias") or name.removesuffix("bias") + "weight" in adapter.dense
             if not (HEAD.fullmatch(name) and whole):
                 raise _missing(base, name)
             new[name] = tensor.to(common).contiguous().clone()
+        if tensor.dtype.itemsize > 2 and _was_wide(records, tensor.dtype):
+            stored |= {checkpoint.places[key].dtype for key in keys} or {common}
     if new:
         _write_new(checkpoint, new, beside)
+    return stored & set(NARROW)
 
 
 def _write_new(checkpoint: Checkpoint, new: dict[str, torch.Tensor], beside: Path) -> None:
@@ -177,8 +217,8 @@ def _free_name(stem: str, taken: Collection[str]) -> str:
     return name
 
 
-def _card(adapter: SparseAdapter, base: str, name: str) -> str:
-    """A short card: what it was made of."""
+def _card(adapter: SparseAdapter, base: str, name: str, note: str) -> str:
+    """A short card: what it was made of, and what a reader of its figures should know."""
     metadata: dict[str, Any] = {"library_name": "transformers"}
     on_hub = None if base.startswith("file:") or base_folder(base) else base.partition("@")[0]
     if on_hub:
@@ -190,4 +230,6 @@ def _card(adapter: SparseAdapter, base: str, name: str) -> str:
         f" adapter (selection: {plain(adapter.config.metric or 'not recorded')}), exported as a plain checkpoint:"
         " loads in Transformers, lm-eval and vLLM without speft.\n"
     )
+    if note:
+        body += f"\nNote that {plain(note, 400)}.\n"
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{body}"

@@ -30,6 +30,7 @@ OUTPUTS = (
 )
 ENDINGS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration", "Model")
 CODE_KEYS = ("auto_map", "custom_pipelines")
+DTYPE_KEYS = ("dtype", "torch_dtype")
 TOKENIZER = "tokenizer_config.json"
 WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # they read bytes or code points
 
@@ -86,6 +87,12 @@ def _classifier(architecture: str) -> str:
     return architecture
 
 
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration where the weights are stored in `dtype`, those of its parts too."""
+    parts = {k: v | {key: dtype for key in DTYPE_KEYS if key in v} for k, v in config.items() if isinstance(v, dict)}
+    return config | parts | {key: dtype for key in DTYPE_KEYS if key in config or key == "dtype"}
+
+
 def without_code(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The configuration without the classes that it names in Python files beside it, which an export does not copy; and those.
 
@@ -107,11 +114,11 @@ def _elsewhere(value: Any) -> bool:
     return all("--" in str(part) for part in parts if part is not None)
 
 
-def write_configs(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Write an export's `config.json`; returns what a person should know of what did not come along."""
+def write_configs(folder: Path, config: dict[str, Any], dtype: str | None) -> list[str]:
+    """Write an export's `config.json`, for weights in `dtype` if given; returns what a person should know of what did not come along."""
     notes, left = [], []
     tokenizer = _read(folder / TOKENIZER)
-    for name, content in (("config.json", config), (TOKENIZER, tokenizer)):
+    for name, content in (("config.json", with_dtype(config, dtype) if dtype else config), (TOKENIZER, tokenizer)):
         kept, gone = without_code(content)
         left += gone
         if gone or name != TOKENIZER:
