@@ -119,6 +119,23 @@ def test_every_other_tensor_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_tensors_in_an_order_that_is_not_that_of_safetensors(tmp_path: Path) -> None:
+    """Three numbers of two bytes, then a 16-bit weight: where it stands it would not be aligned once it has four bytes."""
+    header = {
+        "a": {"dtype": "I16", "shape": [3], "data_offsets": [0, 6]},
+        "b": {"dtype": "BF16", "shape": [2], "data_offsets": [6, 10]},
+    }
+    head = json.dumps(header).encode()
+    numbers, weight = torch.tensor([1, 2, 3], dtype=torch.int16), torch.tensor([0.5, -3.0], dtype=torch.bfloat16)
+    data = numbers.numpy().tobytes() + weight.view(torch.int16).numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+    widen(tmp_path)
+    stored = Checkpoint(tmp_path)
+    assert all(place.start % place.dtype.itemsize == 0 for place in stored.places.values())
+    with stored.tensor("a") as a, stored.tensor("b") as b:
+        assert torch.equal(a, numbers) and torch.equal(b, weight.float())
+
+
 def test_the_configuration_says_float32_whatever_it_said(tmp_path: Path) -> None:
     prepare(tmp_path)
     config = json.loads((tmp_path / "base/config.json").read_text())
