@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,3 +117,15 @@ def test_the_configuration_that_ships_is_the_model_s_own(model: Path, tmp_path: 
     assert {key: value for key, value in ours.items() if key not in labels} == {
         key: value for key, value in theirs.items() if key not in labels
     }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_validation_s_loss_is_that_of_its_own_examples(kind: str) -> None:
+    """On several ranks the Trainer's mean counts those that fill up the last batch; what it gives the metrics has each once."""
+    labels = torch.tensor([0, 2, 1] if kind == "classes" else KINDS["numbers"])
+    outputs = torch.randn(3, 3 if kind == "classes" else 1)
+    space = SimpleNamespace(is_regression=kind == "numbers")
+    given = SimpleNamespace(predictions=outputs.numpy(), label_ids=labels.numpy())
+    found = classification.trainer_metrics(space)(given)["loss"]  # type: ignore[arg-type]
+    plain = torch.nn.functional.cross_entropy if kind == "classes" else lambda y, t: (y[:, 0] - t).square().mean()
+    assert found == pytest.approx(plain(outputs, labels).item())
