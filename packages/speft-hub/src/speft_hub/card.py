@@ -14,7 +14,7 @@ from speft_core import SparseAdapter, UserError
 
 from . import licences, names
 from .addresses import public_base
-from .evaluation import Evaluation, eval_results_yaml, model_index, read_results
+from .evaluation import EVAL_RESULTS, Evaluation, eval_results_yaml, model_index, read_results
 from .picture import density_svg, density_table
 
 PIPELINE_OF_TASK = {
@@ -81,6 +81,14 @@ def find_results(folder: Path) -> Path | None:
     return next((path for path in beside if path.is_file()), None)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that people write; UserError when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} must be UTF-8 text; save it so") from None
+
+
 def plain(text: Any, limit: int = 200) -> str:
     """`text` on one line of Markdown, with nothing in it that Markdown or HTML would act on."""
     line = " ".join(str(text).split())
@@ -138,7 +146,7 @@ def render(adapter: SparseAdapter, folder: Path, address: str, given: CardFields
     }
     files = {names.PICTURE: density_svg(adapter.deltas)}
     if text := eval_results_yaml(evaluations):
-        files[".eval_results/speft.yaml"] = text
+        files[EVAL_RESULTS] = text
     title = given.title or f"{address.rsplit('/', 1)[-1]}: a sparse adapter" + (f" for {base}" if base else "")
     kept = {k: v for k, v in metadata.items() if v is not None}
     return Rendered(plain(title), kept, {name: text for name, text in sections.items() if text}, files)
@@ -237,10 +245,10 @@ def _training(folder: Path) -> str:
     path = folder / "training_config.yaml"
     if not path.is_file():
         return ""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{path} is not readable YAML") from None
     return "## Training configuration\n\n" + fenced(text, "yaml")
 

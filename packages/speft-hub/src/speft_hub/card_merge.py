@@ -66,7 +66,7 @@ def take_apart(text: str, where: str) -> Card:
     if front:
         try:
             metadata = yaml.safe_load(front[1]) or {}
-        except (yaml.YAMLError, RecursionError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
             raise UserError(f"{where}: the metadata at the top of README.md is not readable YAML") from None
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: the metadata at the top of README.md must be a mapping, got {type(metadata).__name__}")

@@ -21,7 +21,7 @@ from speft_core.multihead_files import check_labels
 
 from . import names
 from .addresses import is_reference, parse
-from .card import CardFields, render
+from .card import CardFields, read_text, render
 from .card_merge import merge_cards
 from .pulling import Progress, check_folder
 from .sources import adapter_folders
@@ -158,7 +158,7 @@ def write_card(folder: Path, address: str, fields: CardFields | None = None, ada
     fields = fields or CardFields()
     rendered = render(adapter or SparseAdapter.load(folder), folder, address, fields)
     card = folder / names.CARD
-    local = card.read_text(encoding="utf-8") if card.is_file() else None
+    local = read_text(card) if card.is_file() else None
     text = merge_cards(rendered, local, None, explicit=fields.given())
     for name, content in rendered.files.items():
         (folder / name).parent.mkdir(exist_ok=True)

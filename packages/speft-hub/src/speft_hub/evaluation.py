@@ -37,6 +37,7 @@ class Evaluation:
         return bool(HUB_ID.fullmatch(self.dataset)) and "/" in self.dataset
 
 
+EVAL_RESULTS = ".eval_results/speft.yaml"  # ours; what else lies in that folder is others'
 NOT_METRICS = frozenset({"count", "seconds", "examples", "samples", "tokens"})
 
 
@@ -82,7 +83,7 @@ def _data(folder: Path, split: str) -> str:
     try:
         data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
         name = str(data.get(split) or data.get("train") or "unnamed")
-    except (yaml.YAMLError, AttributeError, RecursionError):
+    except (yaml.YAMLError, AttributeError, ValueError, RecursionError):
         return "unnamed"
     return name if HUB_ID.fullmatch(name) or name.startswith("bundled:") else Path(name).name
 
@@ -103,7 +104,7 @@ def model_index(name: str, evaluations: list[Evaluation]) -> list[dict[str, Any]
 
 
 def eval_results_yaml(evaluations: list[Evaluation]) -> str:
-    """The text of `.eval_results/speft.yaml`: the figures on data sets of the Hub; empty when there are none."""
+    """The text of the file EVAL_RESULTS: the figures on data sets of the Hub; empty when there are none."""
     entries: list[dict[str, Any]] = []
     for e in evaluations:
         if e.on_hub:

@@ -13,10 +13,11 @@ from speft_core import UserError
 
 from . import names
 from .addresses import Reference, check_revision, parse, public_base
-from .card import CardFields, Rendered, render
+from .card import CardFields, Rendered, read_text, render
 from .card_merge import check_prefer, merge_cards
+from .evaluation import EVAL_RESULTS
 from .pulling import check_folder, fetch_small
-from .registry import Content, Entry, NotFound, Registry, StaleParent, digest, same
+from .registry import Content, Entry, NotFound, References, Registry, StaleParent, digest, same
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
 
@@ -116,52 +117,72 @@ def push(
     if parent is not None:
         parent = registry.resolve(repo, parent)
 
-    try:
-        head = registry.resolve(repo, branch)
-    except NotFound:
-        head = _create(registry, repo, branch, private)
-    parent = parent or head
-    tree = registry.tree(repo, head)
-    contents.update(_cards(rendered, folder, registry, repo, head, tree, fields, card))
+    head = _commit_of(registry, repo, branch)
+    start = head if head or branch == "main" else _commit_of(registry, repo, "main")  # None: a new repository
+    tree = registry.tree(repo, start) if start else {}
+    contents.update(_cards(rendered, folder, registry, repo, start or "", tree, fields, card))
     _refuse_secrets({names.CARD: contents[names.CARD]})
-
     changed = [n for n, c in contents.items() if n not in tree or not same(digest(c), tree[n])]
-    kept_for_people = (names.CARD, "LICENSE", "LICENSE.md", "LICENSE.txt")
-    deleted = [n for n in tree if names.size_limit(n) is not None and n not in contents and n not in kept_for_people]
+    deleted = [n for n in tree if _is_ours(n) and n not in contents]
+    moves = bool(changed or deleted or (parent or start) != start)
+    tagged = _tagged(registry, repo, branch, tag) if tag else None
+    if tagged and (moves or tagged != start):
+        raise UserError(f"{registry.address(repo)} has a tag {tag!r} at {tagged[:12]} already; tags do not move")
+
+    # Nothing was written up to here, so that what is refused leaves nothing behind, not even an empty repository.
+    head = head or _create(registry, repo, branch, start, private)
     sha = head
-    if changed or deleted or parent != head:
+    if moves:
         title = message or f"Upload a sparse adapter ({adapter.nnz:,} parameters)"
-        sha = registry.commit(repo, branch, parent, {n: contents[n] for n in changed}, deleted, title)
-    if tag:
-        _tag(registry, repo, tag, sha)
+        sha = registry.commit(repo, branch, parent or head, {n: contents[n] for n in changed}, deleted, title)
+    if tag and not tagged:
+        registry.tag(repo, tag, sha)
     return Pushed(registry.address(repo), sha, sorted(changed), sorted(deleted), left_out)
 
 
-def _create(registry: Registry, repo: str, branch: str, private: bool) -> str:
-    """Make what is missing, the repository or only the branch (which starts at main), and return the branch's commit."""
-    late = StaleParent(f"{registry.address(repo)}: someone pushed to {branch} at the same time; pull and push again")
-    registry.create(repo, private)
-    main = registry.resolve(repo, "main")
-    if branch == "main":
-        if any(names.size_limit(name) is not None for name in registry.tree(repo, main)):  # not the empty first commit
-            raise late
-        return main
+def _commit_of(registry: Registry, repo: str, branch: str) -> str | None:
+    """The commit that a branch points at; None where there is no such branch or repository."""
     try:
-        registry.branch(repo, branch, main)
+        return registry.resolve(repo, branch)
+    except NotFound:
+        return None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file that the folder lacks is deleted: an adapter's own, but for what people or other tools write beside it."""
+    if name.startswith(".eval_results/"):
+        return name == EVAL_RESULTS
+    return names.size_limit(name) is not None and name not in (names.CARD, "LICENSE", "LICENSE.md", "LICENSE.txt")
+
+
+def _create(registry: Registry, repo: str, branch: str, start: str | None, private: bool) -> str:
+    """Make what is missing, the repository (`start` is None) or only the branch at `start`, and return the branch's commit."""
+    late = StaleParent(f"{registry.address(repo)}: someone pushed to {branch} at the same time; pull and push again")
+    if start is None:
+        registry.create(repo, private)
+        start = registry.resolve(repo, "main")
+        if any(names.size_limit(name) is not None for name in registry.tree(repo, start)):  # not the empty first commit
+            raise late
+    if branch == "main":
+        return start
+    try:
+        registry.branch(repo, branch, start)
     except UserError:
         if branch in registry.references(repo).branches:
             raise late from None
         raise
-    return main
+    return start
 
 
-def _tag(registry: Registry, repo: str, tag: str, sha: str) -> None:
-    """Tag `sha`; a tag that is there already is fine when it names this commit."""
-    there = registry.references(repo).tags.get(tag)
-    if there is None:
-        registry.tag(repo, tag, sha)
-    elif registry.resolve(repo, tag) != sha:
-        raise UserError(f"{registry.address(repo)} has a tag {tag!r} at {there[:12]} already; tags do not move")
+def _tagged(registry: Registry, repo: str, branch: str, tag: str) -> str | None:
+    """The commit that has the tag already, None where it is free; UserError where a branch has that name."""
+    try:
+        there = registry.references(repo)
+    except NotFound:
+        there = References()
+    if tag == branch or tag in there.branches:
+        raise UserError(f"{registry.address(repo)} has {tag!r} already, as a branch; a tag needs another name")
+    return registry.resolve(repo, tag) if tag in there.tags else None
 
 
 def _cards(
@@ -175,7 +196,7 @@ def _cards(
     prefer: str,
 ) -> dict[str, Content]:
     """The card, merged with what people wrote, its picture and the evaluation files."""
-    local = (folder / names.CARD).read_text(encoding="utf-8") if (folder / names.CARD).is_file() else None
+    local = read_text(folder / names.CARD) if (folder / names.CARD).is_file() else None
     hub = None
     if names.CARD in tree:
         hub = fetch_small(Reference(registry, repo, head), names.CARD, tree[names.CARD]).decode("utf-8", "replace")
