@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from . import gaps
 from .delta import VALUE_DTYPES, SparseDelta
 from .errors import UserError
-from .files import atomic_files
+from .files import atomic_files, check_readable, reason
 from .random_mask import bernoulli_indices, random_indices
 from .threads import each
 
@@ -81,12 +81,23 @@ def config_text(config: AdapterConfig, nnz: int, listed: Mapping[str, Mapping[st
     return json.dumps(record, indent=2)[:-2] + ',\n  "tensors": {\n' + ",\n".join(rows) + "\n  }\n}\n"
 
 
+def _check_files(folder: Path) -> None:
+    missing = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            check_readable(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(name)
+        except OSError as error:
+            raise UserError(f"{folder} is not a readable adapter: {reason(error)}") from None
+    if missing:
+        raise UserError(f"no adapter at {folder}: {' and '.join(missing)} missing")
+
+
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
     """Whatever goes wrong with the files of `folder` becomes a UserError of one line that names it."""
-    missing = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / f).is_file()]
-    if missing:
-        raise UserError(f"no adapter at {folder}: {' and '.join(missing)} missing")
+    _check_files(folder)
     try:
         yield
     except UserError as error:
@@ -95,7 +106,9 @@ def readable(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} is not a readable adapter: {WEIGHTS_FILE} is damaged or cut short ({str(error)[:200]})"
         ) from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{folder} is not a readable adapter: {reason(error)}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder} is not a readable adapter: {type(error).__name__}: {str(error)[:200]}") from None
 
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_readable(path: str | Path) -> None:
+    """Raise the OSError of a file that cannot be opened, where safetensors says "No such file" whatever the reason."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):  # before it is opened: a pipe would wait for a writer
+        number, why = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "Not a regular file")
+        raise OSError(number, why, str(path))
+    Path(path).open("rb").close()
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with which file, for a message: "adapter_config.json: Permission denied"."""
+    name = f"{Path(os.fsdecode(error.filename)).name}: " if isinstance(error.filename, (str, bytes)) else ""
+    return f"{name}{error.strerror or error}"
 
 
 def _flush(path: Path) -> None:

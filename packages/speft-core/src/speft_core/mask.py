@@ -17,7 +17,7 @@ from torch import nn
 from . import gaps
 from .delta import check_indices
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, check_readable
 from .targets import base_parameters, head_and_embedding_names, parameter_shape
 
 DENSITY_OF = ("model", "targets", "body")
@@ -149,6 +149,7 @@ class SparsityMask:
     def load(cls, path: str | Path) -> SparsityMask:
         """Read what `save` wrote; UserError when the file is missing, damaged or not a mask."""
         try:
+            check_readable(path)
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if METADATA_KEY not in metadata:
@@ -174,9 +175,10 @@ class SparsityMask:
             AttributeError,
             OverflowError,
             RecursionError,
-            OSError,
         ) as error:
             raise UserError(f"{path} is not a readable speft mask: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path} is not a readable speft mask: {error.strerror or error}") from None
 
 
 def budget_record(budget: Budget) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from .adapter import SparseAdapter
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, check_readable, reason
 
 HEADS_FILE, HEADS_FOLDER, HEADS_VERSION = "heads.json", "heads", 1
 TASK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -97,7 +97,9 @@ def _read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, s
             raise UserError(f"{HEADS_FILE} has format version {record['format_version']!r}, this speft reads {HEADS_VERSION}")
         for task, entry in record["heads"].items():
             check_task(task)
-            tensors = safetensors.torch.load_file(folder / HEADS_FOLDER / f"{task}.safetensors")
+            file = folder / HEADS_FOLDER / f"{task}.safetensors"
+            check_readable(file)
+            tensors = safetensors.torch.load_file(file)
             if set(tensors) != set(entry["tensors"]):
                 raise UserError(f"head {task!r} holds {sorted(tensors)}, {HEADS_FILE} lists {sorted(entry['tensors'])}")
             SparseAdapter({}, tensors).check()
@@ -108,7 +110,9 @@ def _read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, s
         raise UserError(f"{folder}: {error}") from None
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no complete heads: {Path(error.filename or HEADS_FILE).name} missing") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{folder} has no readable heads: {reason(error)}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} has no readable heads: {type(error).__name__}: {str(error)[:200]}") from None
     if not heads:
         raise UserError(f"{folder}: {HEADS_FILE} lists no heads")

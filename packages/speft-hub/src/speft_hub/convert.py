@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
-from speft_core.files import atomic_folder
+from speft_core.files import atomic_folder, check_readable
 from speft_core.fingerprint import fingerprint
 from speft_core.gaps import index_dtype
 
@@ -51,8 +51,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
+        check_readable(path)
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} is no readable safetensors file: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"{path} is no readable safetensors file: {error}") from None
 
 
