@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("python", "speft-train", "speft-hub")
-LIBRARIES = ("peft", "tensorboard.summary.writer.record_writer", "speft_hub.cli", "speft_train.cli", "speft_train.steps")
+LIBRARIES = (
+    "peft", "tensorboard.summary.writer.record_writer", "speft_hub.cli", "speft_hub.cli_make", "speft_hub.cli_publish",
+    "speft_train.cli", "speft_train.steps",
+)  # fmt: skip
 CLIENT = f"""#!{sys.executable} -SE
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as line:

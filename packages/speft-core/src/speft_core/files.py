@@ -8,9 +8,18 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"  # ends the name of what is not yet whole
+GIVEN_UP = 86_400.0  # seconds after which a half-made folder has no writer any more, where there are no locks to ask
 
 
 def check_readable(path: str | Path) -> None:
@@ -55,7 +64,7 @@ def atomic_files(contents: Mapping[Path, Content]) -> None:
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
             os.close(descriptor)
             beside[path] = Path(name)
             if callable(content):
@@ -72,18 +81,25 @@ def atomic_files(contents: Mapping[Path, Content]) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
+def atomic_folder(path: str | Path, replace: bool = True, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on a clean exit it takes the place of `path`, otherwise it is removed.
 
-    With `replace=False` an existing `path` raises FileExistsError. An existing folder is renamed away before the new one
-    takes its name and is deleted last, so that a kill leaves one of the two whole.
+    With `replace=False` an existing `path` raises FileExistsError. `check` raises where `path` must not be written. Both are
+    asked twice, at the start and just before the new folder takes its name: of two writers at once, who is second finds what
+    the first one made. An existing folder is renamed away before the new one takes its name and is deleted last, so that a
+    kill leaves one of the two whole; what killed writers of `path` left is swept at the start.
     """
     path = Path(path)
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists already")
+
+    def allowed() -> None:
+        check()
+        if path.exists() and not replace:
+            raise FileExistsError(f"{path} exists already")
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
+    sweep(path)
+    allowed()
+    with _half_made(path) as beside:
         yield beside
         mask = os.umask(0)
         os.umask(mask)
@@ -91,23 +107,96 @@ def atomic_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
         for file in beside.rglob("*"):
             if file.is_file():
                 _flush(file)
-        old = None
-        if path.exists():
-            old = beside.with_name(beside.name + ".old")
-            os.replace(path, old)
-        os.replace(beside, path)
-        if old is not None:
-            shutil.rmtree(old)
+        _swap(beside, path, allowed)
+
+
+@contextmanager
+def _half_made(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked as long as its writer lives, and removed where it has not got another name."""
+    while True:
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
+        try:
+            with _locked(beside):
+                if beside.exists():  # else it was swept before it was locked
+                    yield beside
+                    return
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool | None]:
+    """Hold the lock of a folder, which ends with its process. Yields whether it is held; None where there is no such lock to have."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError:  # it is gone, or another user's
+        descriptor = None
+    if descriptor is None:
+        yield None
+        return
+    held: bool | None = True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:  # NFS locks files alone
+            held = None
+        yield held
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(descriptor)
 
 
-def leftovers(path: str | Path) -> tuple[list[Path], list[Path]]:
-    """What a killed `atomic_folder(path)` may have left beside `path`: half-made folders, and whole ones that were renamed away.
+def _swap(beside: Path, path: Path, allowed: Callable[[], None]) -> None:
+    """Give the folder `beside` the name `path`; what had it is deleted. `allowed` raises where it must not.
+
+    Another writer may be at the same point: a folder that comes to be after `allowed` was asked is not overwritten, since only
+    an empty one gives way to a rename. Then it is asked again.
+    """
+    old = beside.with_name(beside.name + ".old")
+    try:
+        for tries_left in reversed(range(10)):
+            try:
+                full = path.is_dir() and any(path.iterdir())
+                allowed()
+                if full:
+                    os.replace(path, old)
+                elif path.exists():
+                    path.rmdir()
+                os.replace(beside, path)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not (beside.exists() and tries_left):
+                    raise
+                shutil.rmtree(old, ignore_errors=True)  # what we were to replace is replaced
+    except BaseException:  # Ctrl-C between the two
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(path: str | Path) -> None:
+    """Clean up after writers of the folder `path` that were killed; one that was renamed away, and is whole, comes back."""
+    path = Path(path)
+    halves, olds = _leftovers(path)
+    for half in halves:
+        with suppress(FileNotFoundError), _locked(half, wait=False) as held:
+            if held or (held is None and time.time() - half.stat().st_mtime > GIVEN_UP):
+                shutil.rmtree(half, ignore_errors=True)
+    for old in olds:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif not old.with_suffix("").exists():  # else its writer is about to give that one the name
+            with suppress(OSError):  # somebody else was faster, or it is another user's
+                os.replace(old, path)
+
+
+def _leftovers(path: Path) -> tuple[list[Path], list[Path]]:
+    """What writers may have left beside `path`: half-made folders, and whole ones that were renamed away.
 
     Those of this very name alone: beside `llama-3`, what belongs to `llama-3.1` is another's, who may be at work on it.
     """
-    path = Path(path)
-    made = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.partial(\.old)?")  # tempfile draws from these characters
-    found = [(p, made.fullmatch(p.name)) for p in sorted(path.parent.iterdir())]
+    made = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+{re.escape(PARTIAL)}(\.old)?")  # tempfile draws from these characters
+    found = [(p, made.fullmatch(p.name)) for p in sorted(path.parent.iterdir()) if p.is_dir() and not p.is_symlink()]
     return [p for p, m in found if m and not m[1]], [p for p, m in found if m and m[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -153,7 +154,7 @@ def convert(
             raise UserError(f"--against makes a speft adapter, got --to {to}; convert what it makes in a second step")
         check_place(out, force)
         made = adapter_between(base_folder(against) or against, source, top_k, base_model)
-        with atomic_folder(out) as beside:  # nothing of an adapter that is replaced stays behind
+        with atomic_folder(out, check=partial(check_place, out, force)) as beside:  # nothing of an adapter that is replaced stays behind
             made.save(beside)
             if made.dense:
                 keep_config(source, beside)

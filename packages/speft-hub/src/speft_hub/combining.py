@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,21 @@ def merge_adapters(
     out = names.check_place(out, force)
     kind = _dtype(dtype)
     addresses, called = pinned(sources)
-    with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
-        rows = merge_folders(folders, beside, dtype=kind, names=called, replace=True, **options)
+    check = partial(names.check_place, out, force)
+    with adapter_folders(addresses, progress) as folders, atomic_folder(out, check=check) as beside:
+        rows = _merge(folders, beside, dtype=kind, names=called, **options)
         _take_config(folders, beside)
         write_card(beside, out.name)
+    return rows
+
+
+def _merge(folders: Sequence[Path], beside: Path, **options: Any) -> list[Row]:
+    """Merge into the folder that `atomic_folder` gave, which keeps its place: by its lock others know that we are at work."""
+    body = beside / "body"
+    rows = merge_folders(folders, body, **options)
+    for file in body.iterdir():
+        file.rename(beside / file.name)
+    body.rmdir()
     return rows
 
 
@@ -93,8 +105,9 @@ def multihead(
         raise UserError(
             f"tasks must be one distinct name for each adapter ({len(sources)}), got {', '.join(tasks)}; pass --task for each"
         )
-    with adapter_folders(addresses, progress) as folders, atomic_folder(out) as beside:
-        merge_folders(folders, beside, dtype=kind, names=called, keep_dense=False, replace=True, **options)
+    check = partial(names.check_place, out, force)
+    with adapter_folders(addresses, progress) as folders, atomic_folder(out, check=check) as beside:
+        _merge(folders, beside, dtype=kind, names=called, keep_dense=False, **options)
         heads, kinds, labels = {}, {}, {}
         with ExitStack() as stack:
             for task, folder in zip(tasks, folders, strict=True):

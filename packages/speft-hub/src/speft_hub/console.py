@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -17,7 +20,7 @@ from speft_core import UserError
 
 from .pulling import Progress as Report
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 # Typer brings a click of its own in some versions; its public exceptions lead to the right base class in all.
 UsageError: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -67,8 +70,39 @@ def progress_bar(quiet: bool) -> Iterator[Report | None]:
         yield report
 
 
+class Terminated(BaseException):
+    """SIGTERM came. Not an Exception, as KeyboardInterrupt is none: nothing may go on after it."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM ends the work as Ctrl-C does, and nothing half-made stays behind. Another one meanwhile changes nothing."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # it is somebody else's
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run(app: Callable[..., Any], arguments: list[str] | None = None) -> int:
     """Run a Typer app and turn what users can cause into one line and an exit code; bugs keep their tracebacks."""
+    try:
+        with _terminable():
+            return _run(app, arguments)
+    except Terminated:
+        print("interrupted", file=sys.stderr)
+        return TERMINATED
+
+
+def _run(app: Callable[..., Any], arguments: list[str] | None) -> int:
     try:
         result = app(args=arguments, standalone_mode=False, prog_name="speft-hub")
         if result == INTERRUPTED:  # Typer has turned Ctrl-C into this

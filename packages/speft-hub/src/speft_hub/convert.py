@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def from_shira(folder: Path, base: Checkpoint) -> SparseAdapter:
     return SparseAdapter(deltas, dense, made, prints).check()
 
 
-def to_shira(adapter: SparseAdapter, out: Path) -> None:
+def to_shira(adapter: SparseAdapter, out: Path, force: bool = False) -> None:
     """Write a SHiRA adapter that PEFT loads; UserError where the counts are not r·(rows + columns) with one r."""
     ranks: dict[str, float] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -152,7 +153,7 @@ def to_shira(adapter: SparseAdapter, out: Path) -> None:
         "fan_in_fan_out": False,
         "modules_to_save": sorted({n.rpartition(".")[0] for n in adapter.dense}) or None,
     }
-    with atomic_folder(out) as beside:
+    with atomic_folder(out, check=partial(check_place, out, force)) as beside:
         safetensors.torch.save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
         (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -217,14 +218,14 @@ def convert(source: str | Path, out: str | Path, to: str = "speft", base: str | 
         raise UserError(f"{source} is a {to} adapter already")
     check_place(out, force)
     if kind == "speft":
-        to_shira(SparseAdapter.load(source), out)
+        to_shira(SparseAdapter.load(source), out, force)
         return kind
     if base is None:
         raise UserError(f"{source} stores no shapes; give --base FOLDER, the checkpoint it was trained on")
     adapter = READERS[kind](source, Checkpoint(base))
     if to == "shira":
-        to_shira(adapter, out)
+        to_shira(adapter, out, force)
         return kind
-    with atomic_folder(out) as beside:
+    with atomic_folder(out, check=partial(check_place, out, force)) as beside:
         adapter.save(beside)
     return kind

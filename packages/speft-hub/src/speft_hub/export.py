@@ -67,7 +67,7 @@ def export(
     if local is not None and local.resolve() == out.resolve():
         raise UserError(f"{out} is the base itself, which is never replaced; name a new folder")
     check_place(out, force, "checkpoint", "config.json")
-    with atomic_folder(out) as beside:
+    with atomic_folder(out, check=lambda: check_place(out, force, "checkpoint", "config.json")) as beside:
         _copy_base(chosen, None if base else loaded.config.base_model_revision, beside, progress)
         if dtype:
             widen(beside)

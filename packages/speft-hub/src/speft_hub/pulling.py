@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from speft_core import SparseAdapter, UserError
-from speft_core.files import atomic_folder, leftovers
+from speft_core.files import atomic_folder, sweep
 
 from . import names
 from .addresses import Reference, parse
@@ -84,15 +84,16 @@ def pull(
     sizes = {name: entry.size for name, entry in wanted.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target):
-        _recover(target)
+        sweep(target)
         if _is_there(target, wanted):
             check_folder(target)
             return Pulled(target, registry.address(repo), sha, sizes, fetched=False)
-        names.check_place(target, force)
+        check_place = partial(names.check_place, target, force)
+        check_place()
         free = shutil.disk_usage(target.parent).free
         if sum(sizes.values()) > free:
             raise UserError(f"{target}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
-        with atomic_folder(target) as beside:
+        with atomic_folder(target, check=check_place) as beside:
             for name, entry in wanted.items():
                 _fetch(Reference(registry, repo, sha), name, entry, beside / name, progress)
             check_folder(beside)
@@ -122,18 +123,6 @@ def _lock(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _recover(target: Path) -> None:
-    """Clean up after pulls that were killed; the caller holds the lock, so every leftover is dead."""
-    halves, olds = leftovers(target)
-    for old in olds:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, target)
-    for half in halves:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def _is_there(target: Path, wanted: Mapping[str, Entry]) -> bool:
