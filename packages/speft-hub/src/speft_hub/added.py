@@ -1,12 +1,14 @@
-"""Tensors that a fine-tuned checkpoint has and its base has not: a classifier's head becomes part of the adapter, whole.
+"""Which tensors of a fine-tuned checkpoint are which of its base, and what one of the two has alone.
 
-What an adapter cannot hold (more layers, a head that is no longer tied) is refused: it would be lost without a word.
+A classifier's head that the base has not becomes part of the adapter, whole; what an adapter cannot hold (more layers, a head that
+is no longer tied) is refused: it would be lost without a word. Output layers of another task that the base alone has stay behind.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,16 +17,56 @@ from speft_core import UserError
 
 from .checkpoint import LM_HEAD, Checkpoint
 
-HEAD = re.compile(r"(score|classifier|pre_classifier)\..+")  # Transformers' names for the module on top of a classifier's body
+# Transformers' names for what stands on top of a classifier's body; of a pooler, masked language models have none.
+POOLER = r"([a-z]\w*\.)?pooler\..+"
+HEAD = re.compile(rf"(score|classifier|pre_classifier)\..+|{POOLER}")
+# Buffers that older versions of Transformers stored and today's do not read: GPT-2's causal masks, Llama's rotary frequencies.
+BUFFER = re.compile(r".+\.(attn|attention)\.(bias|masked_bias)|.+\.rotary_emb\.inv_freq")
 TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+HOLDS = "; an adapter cannot take layers away"
 LOCAL_KEYS = ("_name_or_path", "name_or_path")  # paths of whoever trained it
 
 
-def added_heads(base: Checkpoint, tuned: Checkpoint) -> dict[str, torch.Tensor]:
+def shared(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """What `tuned` calls a tensor -> what `base` calls it, for those that both have; with or without the model's prefix."""
+    found = {key: stored for key in tuned.places if (stored := base.stored(key)) is not None}
+    if not found:
+        first = next(iter(base.places), "no tensor")
+        raise UserError(
+            f"{first} is in {base.folder} and not in {tuned.folder}, as are all others; they are not of one architecture"
+        )
+    return found
+
+
+def is_classifier(dense: Iterable[str]) -> bool:
+    """Whether heads of these names make a classifier: a pooler alone does not."""
+    return any(not re.fullmatch(POOLER, name) for name in dense)
+
+
+def check_missing(base: Checkpoint, tuned: Checkpoint, both: dict[str, str], classifier: bool) -> None:
+    """UserError for a tensor that the base alone has and the fine-tuned class cannot do without.
+
+    It can do without old buffers and a head that is the embeddings once more; a `classifier` with a head of its own also without the
+    base's output layers (modules of which the fine-tuned checkpoint has nothing) and its pooler.
+    """
+    there = set(both.values())
+    modules = {key.partition(".")[0] for key in there}
+    for key, place in base.places.items():
+        if key in there or not place.dtype.is_floating_point or BUFFER.fullmatch(key):
+            continue
+        if key.endswith(LM_HEAD) and len(base.keys_of(key)) > 1:
+            continue
+        output = key.partition(".")[0] not in modules or re.fullmatch(POOLER, key)
+        if not (output and classifier):
+            why = f", which has no head in its place (score, classifier){HOLDS}" if output else HOLDS
+            raise UserError(f"{key} is in {base.folder} and not in {tuned.folder}{why}")
+
+
+def added_heads(base: Checkpoint, tuned: Checkpoint, both: dict[str, str]) -> dict[str, torch.Tensor]:
     """The heads that `tuned` alone has; UserError naming the first tensor of it that an adapter cannot hold."""
     dense: dict[str, torch.Tensor] = {}
     for key, place in tuned.places.items():
-        if key in base.places or not place.dtype.is_floating_point:
+        if key in both or not place.dtype.is_floating_point or BUFFER.fullmatch(key):
             continue
         alone = f"{key} is in {tuned.folder} alone"
         if key.endswith(LM_HEAD):

@@ -149,16 +149,20 @@ def convert(
     for option, value in alone.items():
         if value is not None:
             raise UserError(f"{option} has no use {'without' if against is None else 'with'} --against; leave it out")
+    rounded = 0
     if against is not None:
         if to != "speft":
             raise UserError(f"--against makes a speft adapter, got --to {to}; convert what it makes in a second step")
         check_place(out, force)
         made = adapter_between(base_folder(against) or against, source, top_k, base_model)
-        with atomic_folder(out, check=partial(check_place, out, force)) as beside:  # nothing of an adapter that is replaced stays behind
+        with atomic_folder(out, check=partial(check_place, out, force)) as beside:  # nothing of what is replaced stays behind
             made.save(beside)
             if made.dense:
                 keep_config(source, beside)
-        kind = "checkpoint"
+        kind, rounded = "checkpoint", made.config.extra.get("rounded", 0)
     else:
         kind = run_convert(source, out, to, base_folder(base) or base if base else None, force)
-    show({"out": str(out), "from": kind, "to": to}, json, lambda: print(f"{kind} -> {to}: {out}"))
+    if rounded:
+        note(f"{rounded:,} entries of {source} are rounded to the dtype of {against}: on this base no adapter can give them exactly")
+    record = {"out": str(out), "from": kind, "to": to, "rounded": rounded}
+    show(record, json, lambda: print(f"{kind} -> {to}: {out}"))

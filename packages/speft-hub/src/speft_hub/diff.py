@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
+from speft_core.delta import VALUE_DTYPES
 from speft_core.fingerprint import fingerprint
 from speft_core.gaps import index_dtype
 from speft_core.merge_files import AdapterFile
 from speft_core.writing import add_values
 
-from .added import added_heads, task_type
+from .added import added_heads, check_missing, is_classifier, shared, task_type
 from .checkpoint import LM_HEAD, Checkpoint
 
 RANK_LIMIT = 8192  # the longer side of a matrix whose rank we are ready to compute
@@ -104,71 +105,98 @@ def diff_adapters(a: str | Path, b: str | Path, rank: bool = False) -> Iterator[
             yield _row(name, shape, dense, rank, kept=kept, overlap=overlap)
 
 
-def _exact(base: torch.Tensor, target: torch.Tensor) -> SparseDelta:
-    """The change that takes `base` to `target` bit for bit, in the narrowest dtype that does: the base's, fp32 or fp64."""
+def _exact(name: str, base: torch.Tensor, target: torch.Tensor, where: Path) -> tuple[SparseDelta, int]:
+    """The change that takes `base` to `target` bit for bit, in the narrowest dtype that does: the base's, fp32 or fp64.
+
+    What the base's dtype cannot hold is rounded to it, as an adapted entry is; returned with how many entries that were. `name`
+    and `where` (the target's folder) are for messages.
+    """
     flat, wanted = base.reshape(-1), target.reshape(-1)
-    indices_K = torch.nonzero(flat != wanted).flatten()
-    base_K, wanted_K = flat[indices_K], wanted[indices_K].to(base.dtype)
+    rounded = wanted.to(base.dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        of = f"what {base.dtype}, the base's dtype, cannot" if bool(torch.isfinite(wanted).all()) else "NaN or infinity"
+        raise UserError(f"{name} holds {of} in {where}")
+    indices_K = torch.nonzero(flat != rounded).flatten()
+    base_K, rounded_K = flat[indices_K], rounded[indices_K]
     for dtype in dict.fromkeys((base.dtype, torch.float32, torch.float64)):
-        values_K = (wanted_K.double() - base_K.double()).to(dtype)
-        if bool(torch.isfinite(values_K).all()) and torch.equal(add_values(base_K, values_K), wanted_K):
+        values_K = (rounded_K.double() - base_K.double()).to(dtype)
+        reached_K = add_values(base_K, values_K)
+        if bool(torch.isfinite(values_K).all()) and torch.equal(reached_K, rounded_K):
             break
-    return SparseDelta(indices_K.to(index_dtype(flat.numel())), values_K, tuple(base.shape))
+    else:
+        first = int(torch.nonzero(reached_K != rounded_K)[0])
+        far = f"{float(base_K[first]):g} to {float(rounded_K[first]):g}"
+        raise UserError(f"{name}: no 64-bit number added takes {far} exactly, so no adapter does")
+    delta = SparseDelta(indices_K.to(index_dtype(flat.numel())), values_K, tuple(base.shape))
+    return delta, int(torch.count_nonzero(wanted != rounded))
 
 
 def adapter_between(a: str | Path, b: str | Path, top_k: int | None = None, base_model: str | None = None) -> SparseAdapter:
     """The adapter that takes checkpoint `a` to checkpoint `b`: exactly, or only the `top_k` largest changes of all.
 
-    A classifier's head that `a` has not comes along whole, whatever `top_k` is; other tensors that `b` alone has are refused.
-    Tensors are read one after the other; what is kept in memory is the adapter.
+    Where `b` is of a wider dtype than `a`, to what `b` is when rounded to it; `config.extra["rounded"]` has the number of entries
+    that were. A classifier's head that `a` has not comes along whole, whatever `top_k` is; what only one of the two has
+    otherwise is refused, but for the base's own output layers. Names are those of `b`. Tensors are read one after the other; what is
+    kept in memory is the adapter.
     """
     first, second = Checkpoint(a), Checkpoint(b)
-    missing = [k for k in first.places if k not in second.places]
-    if missing:
-        raise UserError(f"{missing[0]} is in {a} and not in {b}; they are not of one architecture")
     if top_k is not None and top_k < 1:
         raise UserError(f"--top-k must be at least 1, got {top_k}")
-    dense = added_heads(first, second)
+    both = shared(first, second)
+    dense = added_heads(first, second, both)
+    check_missing(first, second, both, is_classifier(dense))
     deltas: dict[str, SparseDelta] = {}
     smallest = torch.empty(0)  # the top_k largest magnitudes so far
-    for key, place in first.places.items():
-        if second.places[key].shape != place.shape:
-            raise UserError(f"{key} has shape {place.shape} in {a} and {second.places[key].shape} in {b}")
-        if not place.dtype.is_floating_point:
+    rounded = 0
+    for name, key in both.items():
+        if not _to_compare(first, key, second, name):
             continue
-        if key.endswith(LM_HEAD) and len(first.keys_of(key)) > 1:  # one parameter stored twice, and changed once
-            if not second.is_tied_copy(key):
-                raise UserError(f"{key} is not the embeddings in {b}: {a} ties it to them, and an adapter cannot untie them")
-            continue
-        with first.tensor(key) as x, second.tensor(key) as y:
-            delta = _exact(x, y)
+        with first.tensor(key) as x, second.tensor(name) as y:
+            delta, count = _exact(name, x, y, second.folder)
+        rounded += count
         if not delta.nnz:
             continue
-        if not bool(torch.isfinite(delta.values_K).all()):
-            raise UserError(f"{key} holds NaN or infinity in {b}")
         if top_k is not None:
-            both = torch.cat([smallest, delta.values_K.abs().float()])
-            smallest = both.topk(min(top_k, both.numel())).values
+            sizes = torch.cat([smallest, delta.values_K.abs().float()])
+            smallest = sizes.topk(min(top_k, sizes.numel())).values
             delta = _at_least(delta, smallest, top_k)
-        deltas[key] = delta
+        deltas[name] = delta
         if top_k is not None and sum(d.nnz for d in deltas.values()) > 2 * top_k:
             deltas = {name: _at_least(d, smallest, top_k) for name, d in deltas.items()}
     if top_k is not None and sum(d.nnz for d in deltas.values()) > top_k:
         deltas = _largest(deltas, float(smallest[-1]), top_k)
     prints = {}
-    for key, delta in deltas.items():
-        with first.tensor(key) as x:
-            prints[key] = fingerprint(x, delta.indices_K)
-    extra = {"difference_of": [Path(a).name, Path(b).name]}
-    budget = {} if top_k is None else {"k": top_k}
+    for name, delta in deltas.items():
+        with first.tensor(both[name]) as x:
+            prints[name] = fingerprint(x, delta.indices_K)
     config = AdapterConfig(
         base_model_name_or_path=base_model or str(Path(a).resolve()),
-        task_type=task_type(second) if dense else None,
+        task_type=task_type(second) if is_classifier(dense) else None,
         metric="difference",
-        budget=budget,
-        extra=extra,
+        budget={} if top_k is None else {"k": top_k},
+        extra={"difference_of": [Path(a).name, Path(b).name]} | ({"rounded": rounded} if rounded else {}),
     )
     return SparseAdapter(deltas, dense, config, prints)
+
+
+def _to_compare(first: Checkpoint, key: str, second: Checkpoint, name: str) -> bool:
+    """Whether a tensor that both have, `key` in one and `name` in the other, may have a change of its own; UserError where it cannot."""
+    one, other = first.places[key], second.places[name]
+    if one.shape != other.shape:
+        raise UserError(f"{name} has shape {one.shape} in {first.folder} and {other.shape} in {second.folder}")
+    if not {one.dtype, other.dtype} <= set(VALUE_DTYPES):  # buffers of integers, quantised weights
+        with first.tensor(key) as x, second.tensor(name) as y:
+            if not torch.equal(x.double(), y.double()):
+                kinds = f"of {one.dtype} in {first.folder} and of {other.dtype} in {second.folder}"
+                raise UserError(f"{name}, {kinds}, differs; an adapter changes floating point of 16 to 64 bits alone")
+        return False
+    if key.endswith(LM_HEAD) and len(first.keys_of(key)) > 1:  # one parameter stored twice, and changed once
+        if not second.is_tied_copy(name):
+            raise UserError(
+                f"{name} is not the embeddings in {second.folder}: {first.folder} ties it to them, and an adapter cannot untie them"
+            )
+        return False
+    return True
 
 
 def _at_least(delta: SparseDelta, smallest: torch.Tensor, top_k: int) -> SparseDelta:
