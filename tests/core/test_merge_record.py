@@ -244,6 +244,17 @@ def test_dense_tensors_go_along_where_all_that_have_one_agree_to_the_dtype() -> 
     assert "heads_left_apart" not in merge([a, a]).config.extra["merge"]
 
 
+def test_a_layer_is_left_apart_whole_and_a_body_without_its_head_does_no_task() -> None:
+    def with_head(weight: float) -> SparseAdapter:
+        head = {"score.weight": torch.full((2, 2), weight), "score.bias": torch.zeros(2), "other.bias": torch.zeros(2)}
+        return SparseAdapter({"w": delta({1: 1.0})}, head, AdapterConfig(task_type="SEQ_CLS"))
+
+    merged = merge([with_head(1.0), with_head(2.0)])  # biases that start at zero and were not trained
+    assert merged.dense.keys() == {"other.bias"} and merged.config.task_type is None
+    assert merged.config.extra["merge"]["heads_left_apart"] == ["score.bias", "score.weight"]
+    assert merge([with_head(1.0), with_head(1.0)]).config.task_type == "SEQ_CLS"
+
+
 def test_draws_are_of_seed_0_unless_told() -> None:
     given = one({i: float(i + 1) for i in range(8)})
     drawn = {seed: merge([given], "dare", density=0.5, **({} if seed is None else {"seed": seed})) for seed in (None, 0, 1)}

@@ -59,6 +59,22 @@ def inputs(model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]:
     return {k: v for k, v in pico.batch(model, **options).items() if k != "labels"}
 
 
+@pytest.mark.parametrize(
+    "outputs, problem, kind",
+    [
+        (1, None, "regression"),
+        (2, None, "classification"),
+        (1, "multi_label_classification", "classification"),
+        (3, "regression", "regression"),
+    ],
+)
+def test_the_kind_is_told_by_the_problem_or_the_outputs(outputs: int, problem: str | None, kind: str) -> None:
+    head, told = {"score.weight": torch.ones(outputs, pico.HIDDEN)}, {"problem_type": problem} if problem else {}
+    for model in (classifier(), pico.llama()):  # on the model's own head, and on the last hidden state
+        assert MultiHeadModel(model, None, {"a": head}, labels={"a": told}).kinds == {"a": kind}
+        assert MultiHeadModel(model, None, {"a": head}, {"a": "regression"}, labels={"a": told}).kinds == {"a": "regression"}
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_one_forward_answers_every_task_as_its_own_model_would(kind: str) -> None:
     model = classifier() if kind == "llama" else pico.bert()

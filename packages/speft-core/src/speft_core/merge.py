@@ -155,7 +155,10 @@ def merged_deltas(sources: Sequence[Source], recipe: Recipe) -> Iterator[tuple[s
 
 
 def merged_dense(sources: Sequence[Source]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Dense tensors that one adapter alone has, or all that have it agree on; and the names of those that were left apart."""
+    """Dense tensors that one adapter alone has, or all that have it agree on; and the names of those that were left apart.
+
+    A layer is left apart whole: with a weight that differs goes a bias that is the same, such as one of zeros.
+    """
     kept: dict[str, torch.Tensor] = {}
     apart: set[str] = set()
     for source in sources:
@@ -163,6 +166,8 @@ def merged_dense(sources: Sequence[Source]) -> tuple[dict[str, torch.Tensor], li
             if name in kept and not (kept[name].dtype == tensor.dtype and torch.equal(kept[name], tensor)):
                 apart.add(name)
             kept.setdefault(name, tensor)
+    layers = {layer for name in apart if (layer := name.rpartition(".")[0])}
+    apart.update(name for name in kept if name.rpartition(".")[0] in layers)
     return {n: t for n, t in kept.items() if n not in apart}, sorted(apart)
 
 
@@ -200,7 +205,7 @@ def merged_config(
     return AdapterConfig(
         base_model_name_or_path=configs[0].base_model_name_or_path,
         base_model_revision=common("base_model_revision"),
-        task_type=common("task_type"),
+        task_type=None if apart else common("task_type"),  # a body without its head does no task
         metric=common("metric"),
         scope=common("scope"),
         targets=targets,

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from .adapter import Applied, SparseAdapter
 from .errors import UserError
-from .multihead_files import KINDS, Head, Labels, check_labels, check_task, load_heads, load_labels, save_heads
+from .multihead_files import KINDS, Head, Labels, check_labels, check_task, kind_of_outputs, load_heads, load_labels, save_heads
 
 __all__ = ["HeadOutput", "MultiHeadModel", "load_heads", "load_labels", "save_heads"]
 
@@ -61,8 +61,8 @@ class MultiHeadModel:
     own (`score.weight`, `classifier.out_proj.bias`, …); an empty head means the model's own one. A head that the model's class
     does not have (`score.weight` on a causal model, `lm_head.weight` on a classifier) is put on the last hidden state: at
     the last token of each row for `score.weight`, at every token for `lm_head.weight`.
-    kinds: task -> "classification", "regression" or "causal", where the default (by shape and name) is not right.
-    labels: task -> {"id2label": {"0": name, …}, "problem_type": …} as in Transformers' configurations; kept by `save`, no answer uses it.
+    kinds: task -> "classification", "regression" or "causal", where the default (by problem type, shape and name) is not right.
+    labels: task -> {"id2label": {"0": name, …}, "problem_type": …} as in Transformers' configurations; kept by `save`.
     """
 
     def __init__(
@@ -175,15 +175,15 @@ class MultiHeadModel:
             if told not in KINDS:
                 raise UserError(f"kind of {task!r} must be one of {', '.join(KINDS)}, got {told!r}")
             return told
+        tensors: Mapping[str, torch.Tensor] = self.heads[task]
         if task in self._foreign:
-            causal = "lm_head.weight" in self.heads[task]
-            labels = self._foreign[task].shape[0]
+            causal = "lm_head.weight" in tensors
         else:
+            own = self.model.get_submodule(self._path)
             output = getattr(self.model, "get_output_embeddings", lambda: None)()
-            causal = output is not None and self.model.get_submodule(self._path) is output
-            tensors = self._native[task] or dict(self.model.get_submodule(self._path).named_parameters())
-            labels = list(tensors.values())[-1].shape[0]
-        return "causal" if causal else "regression" if labels == 1 else "classification"
+            causal = output is not None and own is output
+            tensors = tensors or dict(own.named_parameters())
+        return "causal" if causal else kind_of_outputs(tensors.values(), self.labels[task])
 
     def __call__(self, **batch: Any) -> dict[str, HeadOutput]:
         """One forward of the body; every task's logits. `labels` are not taken: losses are the caller's."""

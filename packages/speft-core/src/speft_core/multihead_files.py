@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,18 @@ def check_labels(task: str, labels: Labels, head: Head) -> dict[str, Any]:
     if problem is not None and problem not in PROBLEMS:
         raise UserError(f"head {task!r}: problem_type must be one of {', '.join(PROBLEMS)}, got {str(problem)[:100]!r}")
     return {key: value for key, value in (("id2label", names), ("problem_type", problem)) if value is not None}
+
+
+def kind_of_outputs(tensors: Iterable[torch.Tensor], labels: Labels) -> str:
+    """Whether a head that is not causal is a `classification` or a `regression`: by its problem type, else by its outputs.
+
+    One output is a regression. Which of several layers is the last need not be known: no other one has a single output.
+    """
+    problem = labels.get("problem_type")
+    if problem is None:
+        single = any(tensor.dim() > 0 and tensor.shape[0] == 1 for tensor in tensors)
+        return "regression" if single else "classification"
+    return "regression" if problem == "regression" else "classification"
 
 
 def save_heads(

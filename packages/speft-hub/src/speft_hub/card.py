@@ -262,6 +262,9 @@ def _merge(record: Any) -> str:
     for source in record.get("sources") or []:
         if isinstance(source, dict):
             lines.append(f"- {plain(source.get('name'))}: {source.get('nnz', 0):,} parameters")
+    if apart := record.get("heads_left_apart"):
+        named = ", ".join(plain(name) for name in (apart if isinstance(apart, list) else [apart]))
+        lines += ["", f"Left out, because the sources differ in it: {named}. This adapter has no head of its own in its place."]
     figures = record.get("figures")
     if isinstance(figures, dict):
         lines += ["", f"Overlap {figures.get('overlap', 0):,} entries, sign conflicts {figures.get('sign_conflicts', 0):,}."]

@@ -25,9 +25,12 @@ from .names import check_place
 def merge(sources: Sources, out: Out, how: Any = None, json: Json = False) -> None:
     """Merge adapters of one base into one; a tensor at a time."""
     with progress_bar(json) as progress:
-        rows = merge_adapters(sources, out, progress=progress, **how)
+        rows, apart = merge_adapters(sources, out, progress=progress, **how)
+    if apart:
+        note(f"left out, because the adapters differ in it: {', '.join(apart)}; speft-hub multihead keeps every head")
     figures = totals(rows, len(sources))
-    record = {"out": str(out), "method": how["method"], "figures": figures, "tensors": [asdict(r) for r in rows]}
+    record = {"out": str(out), "method": how["method"], "figures": figures, "heads_left_apart": apart}
+    record["tensors"] = [asdict(r) for r in rows]
 
     def text() -> None:
         print(out)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,17 @@ from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
 from speft_core.merge_files import AdapterFile, merge_folders
 from speft_core.merge_report import Row
-from speft_core.multihead import save_heads
-from speft_core.multihead_files import check_labels
+from speft_core.multihead_files import check_labels, kind_of_outputs, load_heads, save_heads
 
 from . import names
 from .addresses import is_reference, parse
 from .card import CardFields, read_text, render
 from .card_merge import merge_cards
+from .export_config import LABEL_KEYS
 from .pulling import Progress, check_folder
 from .sources import adapter_folders
 
+OF_A_HEAD = ("architectures", *LABEL_KEYS)  # keys of a config.json that speak of a model with its head
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,17 +54,24 @@ def merge_adapters(
     progress: Progress | None = None,
     dtype: str | None = None,
     **options: Any,
-) -> list[Row]:
-    """Merge folders and repositories into the new folder `out`; options as of `speft_core.merge`. Returns the figures."""
+) -> tuple[list[Row], list[str]]:
+    """Merge folders and repositories into the new folder `out`; options as of `speft_core.merge`.
+
+    Returns the figures, and the names of the heads' tensors that differ between the adapters and were left out. UserError for a
+    source with heads of several tasks, which would be lost.
+    """
     out = names.check_place(out, force)
     kind = _dtype(dtype)
     addresses, called = pinned(sources)
-    check = partial(names.check_place, out, force)
-    with adapter_folders(addresses, progress) as folders, atomic_folder(out, check=check) as beside:
-        rows = _merge(folders, beside, dtype=kind, names=called, **options)
-        _take_config(folders, beside)
-        write_card(beside, out.name)
-    return rows
+    with adapter_folders(addresses, progress) as folders:
+        _refuse_heads(folders, sources, "a merge")
+        with atomic_folder(out, check=partial(names.check_place, out, force)) as beside:
+            rows = _merge(folders, beside, dtype=kind, names=called, **options)
+            adapter = SparseAdapter.load(beside)
+            apart: list[str] = adapter.config.extra["merge"].get("heads_left_apart", [])
+            _take_config(folders, beside, OF_A_HEAD if apart else ())
+            write_card(beside, out.name, adapter=adapter)
+    return rows, apart
 
 
 def _merge(folders: Sequence[Path], beside: Path, **options: Any) -> list[Row]:
@@ -75,6 +82,15 @@ def _merge(folders: Sequence[Path], beside: Path, **options: Any) -> list[Row]:
         file.rename(beside / file.name)
     body.rmdir()
     return rows
+
+
+def _refuse_heads(folders: Sequence[Path], sources: Sequence[str], command: str) -> None:
+    for folder, source in zip(folders, sources, strict=True):
+        if (folder / names.HEADS).is_file():
+            tasks = ", ".join(load_heads(folder)[0])
+            raise UserError(
+                f"{source} has heads of several tasks ({tasks}), which {command} would lose; give the adapters that it was made of"
+            )
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -105,29 +121,28 @@ def multihead(
         raise UserError(
             f"tasks must be one distinct name for each adapter ({len(sources)}), got {', '.join(tasks)}; pass --task for each"
         )
-    check = partial(names.check_place, out, force)
-    with adapter_folders(addresses, progress) as folders, atomic_folder(out, check=check) as beside:
-        _merge(folders, beside, dtype=kind, names=called, keep_dense=False, **options)
-        heads, kinds, labels = {}, {}, {}
-        with ExitStack() as stack:
-            for task, folder in zip(tasks, folders, strict=True):
-                source = AdapterFile(folder, stack)
-                heads[task], kinds[task] = source.dense, _kind(source)
-                if kinds[task] != "causal":
-                    labels[task] = _labels(task, _config(folder), source.dense)
-        save_heads(beside, heads, kinds, labels)
-        _take_config(folders, beside)
-        check_folder(beside)
-        write_card(beside, out.name)
+    with adapter_folders(addresses, progress) as folders:
+        _refuse_heads(folders, sources, "another multi-head model")
+        with atomic_folder(out, check=partial(names.check_place, out, force)) as beside:
+            _merge(folders, beside, dtype=kind, names=called, keep_dense=False, **options)
+            kinds = _save_heads(dict(zip(tasks, folders, strict=True)), beside)
+            _take_config(folders, beside)
+            check_folder(beside)
+            write_card(beside, out.name)
     return kinds
 
 
-def _kind(source: AdapterFile) -> str:
-    """What a head answers: by the task, and a single output is a regression."""
-    if not source.dense or any(name.endswith("lm_head.weight") for name in source.dense):
-        return "causal"
-    last = list(source.dense.values())[-1]
-    return "regression" if last.shape[0] == 1 else "classification"
+def _save_heads(folders: Mapping[str, Path], beside: Path) -> dict[str, str]:
+    """Write each task's head, the dense tensors of its adapter, with what its outputs mean; returns task -> kind."""
+    heads, kinds, labels = {}, {}, {}
+    with ExitStack() as stack:
+        for task, folder in folders.items():
+            head = heads[task] = AdapterFile(folder, stack).dense
+            causal = not head or any(name.endswith("lm_head.weight") for name in head)
+            labels[task] = {} if causal else _labels(task, _config(folder), head)
+            kinds[task] = "causal" if causal else kind_of_outputs(head.values(), labels[task])
+        save_heads(beside, heads, kinds, labels)
+    return kinds
 
 
 def _labels(task: str, config: dict[str, Any], head: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -155,15 +170,19 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _take_config(folders: Sequence[Path], beside: Path) -> None:
-    """The model's config.json of the first source that has one, when all that have one are of one kind of model."""
+def _take_config(folders: Sequence[Path], beside: Path, without: Collection[str] = ()) -> None:
+    """The model's config.json of the first source that has one, when all that have one are of one kind of model.
+
+    without: keys that are not true of what was made.
+    """
     found = []
     for folder in folders:
         if (folder / "config.json").is_file():
             config = _config(folder)
             found.append((config.get("model_type"), str(config.get("architectures")), folder))
     if found and len({f[:2] for f in found}) == 1:
-        shutil.copyfile(found[0][2] / "config.json", beside / "config.json")
+        config = {k: v for k, v in _config(found[0][2]).items() if k not in without}
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_card(folder: Path, address: str, fields: CardFields | None = None, adapter: SparseAdapter | None = None) -> Path:

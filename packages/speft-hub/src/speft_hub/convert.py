@@ -18,9 +18,10 @@ from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
 from speft_core.files import atomic_folder, check_readable
 from speft_core.fingerprint import fingerprint
 from speft_core.gaps import index_dtype
+from speft_core.multihead_files import load_heads
 
 from .checkpoint import Checkpoint
-from .names import check_place
+from .names import HEADS, check_place
 from .unpickle import read_pickle
 
 PEFT_PREFIX = "base_model.model."
@@ -218,6 +219,9 @@ def convert(source: str | Path, out: str | Path, to: str = "speft", base: str | 
         raise UserError(f"{source} is a {to} adapter already")
     check_place(out, force)
     if kind == "speft":
+        if (source / HEADS).is_file():
+            tasks = ", ".join(load_heads(source)[0])
+            raise UserError(f"{source} has heads of several tasks ({tasks}), and a SHiRA adapter has one; convert one that it was made of")
         to_shira(SparseAdapter.load(source), out, force)
         return kind
     if base is None:
