@@ -181,10 +181,18 @@ def test_changed_validation_data_are_measured_again_unless_training_looked_at_th
     write(file, WRONG[::-1])
     again = execute(**sections)
     assert worked == ["load", "base", "evaluate", "report"] and again["adapted"]["loss"] != found["adapted"]["loss"]
-    sections |= {"train": {"eval_strategy": "steps", "eval_steps": 2}, "output_dir": str(tmp_path / "looked")}
+    looked = {"eval_strategy": "steps", "eval_steps": 2}
+    sections |= {"train": looked, "output_dir": str(tmp_path / "looked")}
     execute(**sections)
     write(file, ROWS)
-    refused(execute, f"data.validation ({file})", folder=tmp_path / "looked", **sections)
+    worked.clear()
+    sections["train"] = {**looked, "save_steps": 3, "per_device_eval_batch_size": 1}
+    execute(**sections)
+    assert worked == ["load", "base", "evaluate", "report"]
+    sections |= {"train": {**looked, "lr_scheduler_type": "reduce_lr_on_plateau"}, "output_dir": str(tmp_path / "steered")}
+    execute(**sections)
+    write(file, WRONG)
+    refused(execute, f"data.validation ({file})", folder=tmp_path / "steered", **sections)
 
 
 def test_records_of_older_versions_are_accepted(tmp_path: Path, execute: Execute, worked: list[str]) -> None:

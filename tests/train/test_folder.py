@@ -90,13 +90,22 @@ def test_a_run_that_ended_at_once_is_in_nobodys_way(tmp_path: Path) -> None:
 
 STEPWISE = {"eval_strategy": "steps"}
 EPOCHWISE = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+STEERED = [
+    {**STEPWISE, "load_best_model_at_end": True},
+    {**STEPWISE, "early_stopping_patience": 2, "metric_for_best_model": "loss"},
+    {**STEPWISE, "lr_scheduler_type": "reduce_lr_on_plateau"},
+]
+WRITTEN = {"logging_steps": 3, "save_steps": 7, "save_strategy": "no", "per_device_eval_batch_size": 2}
 CADENCE = [
-    ({}, {"logging_steps": 3, "save_steps": 7, "save_strategy": "no", "per_device_eval_batch_size": 2}, []),
-    (STEPWISE, {"logging_steps": 3}, ["train.logging_steps"]),
-    ({**STEPWISE, "eval_steps": 5}, {"logging_steps": 3}, []),
+    ({}, WRITTEN, []),
+    (STEPWISE, WRITTEN, []),
+    *((train, {"logging_steps": 3}, ["train.logging_steps"]) for train in STEERED),
+    *((train, {"per_device_eval_batch_size": 1}, []) for train in STEERED),
+    *((train, {"save_strategy": "best"}, ["train.save_strategy"]) for train in STEERED),
+    ({**STEERED[0], "eval_steps": 5}, {"logging_steps": 3, "save_steps": 5}, []),
+    ({**STEERED[1], "eval_steps": 5}, {"logging_steps": 3, "save_steps": 7}, []),
+    (STEERED[0], {"eval_steps": 5}, ["train.eval_steps"]),
     (EPOCHWISE, {"logging_steps": 3}, []),
-    (EPOCHWISE, {"save_strategy": "best", "per_device_eval_batch_size": 2}, ["train.per_device_eval_batch_size", "train.save_strategy"]),
-    (STEPWISE, {"save_steps": 7}, ["train.save_steps"]),
 ]
 
 

@@ -157,22 +157,26 @@ class RunConfig:
 SECTIONS = tuple(f.name for f in fields(RunConfig))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config file and its bases, apply `key=value` overrides, check it all.
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
+    """Read a config file and its bases, apply `key=value` overrides, check it all; stored: see `from_mapping`.
 
     Raises a UserError of one line that names every mistake with its key's path.
     """
     tree = read_layers(Path(path), overrides)
     tree.pop("sweep", None)  # for `speft-train sweep` alone
-    return from_mapping(tree, name=str(path))
+    return from_mapping(tree, name=str(path), stored=stored)
 
 
-def from_mapping(tree: Mapping[str, Any], name: str = "config") -> RunConfig:
-    """Check a plain mapping and make a RunConfig of it; `name` is what messages call it."""
+def from_mapping(tree: Mapping[str, Any], name: str = "config", *, stored: bool = False) -> RunConfig:
+    """Check a plain mapping and make a RunConfig of it; `name` is what messages call it.
+
+    stored: it is of a run that was accepted when it began, maybe by a version that knew fewer rules. What settings mean together is not
+    asked again: such a run stays readable, and a start of it is checked by the config that the start is given.
+    """
     if isinstance(tree.get("train"), Mapping):
         tree = {**tree, "train": with_no(tree["train"])}
     mistakes = check_tree(RunConfig, tree)
-    if not mistakes:
+    if not mistakes and not stored:
         mistakes = _check_together(tree)
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"

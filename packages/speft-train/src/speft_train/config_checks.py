@@ -136,13 +136,18 @@ def _nearest_or_list(name: str, known: list[str]) -> str:
     return nearest(name, known) or f" Known here: {', '.join(known)}"
 
 
+def unread(task: str, template: str) -> list[str]:
+    """Keys of the data that a run of this task and template never reads. Earlier versions took them."""
+    return ["system_prompt"] * (template != "chat") + ["instruction"] * (task != "sequence_classification")
+
+
 def check_read(task: str, data: Mapping[str, Any]) -> list[str]:
     """Settings of the data that a run of this task and template would never read."""
     classifies, template = task == "sequence_classification", data.get("template", "question_answer")
-    mistakes = []
-    if data.get("system_prompt") and template != "chat":
+    mistakes, idle = [], unread(task, template)
+    if data.get("system_prompt") and "system_prompt" in idle:
         mistakes.append(f"data.system_prompt: is for data.template chat; the template is {template}")
-    if data.get("instruction") is not None and not classifies:
+    if data.get("instruction") is not None and "instruction" in idle:
         mistakes.append(f"data.instruction: is for model.task sequence_classification; the task is {task}")
     if classifies and template == "chat" and data.get("instruction") is None:
         mistakes.append("data.template: chat needs data.instruction in a classification, which becomes the user's turn; none is set")

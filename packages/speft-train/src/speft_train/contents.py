@@ -14,6 +14,7 @@ from typing import Any
 
 from . import engine
 from .config import RunConfig
+from .train_args import STEERED
 
 Contents = dict[str, str]  # key of the config -> hash of what its file holds
 
@@ -38,10 +39,12 @@ def blocks(cfg: RunConfig) -> dict[str, Any]:
 
 
 def validates(cfg: RunConfig) -> bool:
-    """Whether the model is measured while it trains: when that is may decide what ships."""
+    """Whether what is measured while it trains has a say in what ships: it chooses a checkpoint, ends the run or steers its schedule.
+    Validations alone do not: they leave figures behind, which may be measured again.
+    """
     train = cfg.train
     stops = train.get("load_best_model_at_end") or train.get("early_stopping_patience") is not None
-    return bool(stops) or train.get("eval_strategy", "no") != "no"
+    return bool(stops) or train.get("lr_scheduler_type") in STEERED
 
 
 def of(cfg: RunConfig) -> Contents:

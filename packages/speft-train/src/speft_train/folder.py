@@ -19,6 +19,7 @@ from speft_core.files import atomic_write
 
 from . import contents, engine
 from .config import DeepspeedSection, RunConfig, batch_plan, identity_dict, load_config, to_yaml
+from .config_checks import unread
 
 CONFIG, RECORD = "config.yaml", "stages.json"
 FILES = "files"  # of a stage's record: what it read (contents.py); records of older versions have none
@@ -32,8 +33,9 @@ NEUTRAL = (
     "logging_first_step", "logging_steps", "per_device_eval_batch_size", "report_to", "run_name", "save_steps",
     "save_strategy", "save_total_limit", "torch_empty_cache_steps", "use_cpu",
 )  # fmt: skip
-# Those of them that say when a run that validates while it trains does so, how, and what it can take for the best.
-VALIDATING = ("per_device_eval_batch_size", "save_steps", "save_strategy")
+# Those of them that say what a run that is steered by its validations can take for the best. Not save_steps: where it could tell, it
+# is the steps between two validations (`train_args.steps_to_best`), which count.
+VALIDATING = ("save_strategy",)
 # Several ways to say how many examples one optimizer step sees.
 BATCHES = ("train.global_batch_size", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
@@ -44,6 +46,7 @@ def identity(cfg: RunConfig) -> dict[str, Any]:
     tree["train"] = {k: v for k, v in tree["train"].items() if k not in NEUTRAL or k in counted}
     if tree["train"].get("global_batch_size") is not None:
         tree["train"].pop("per_device_train_batch_size", None)
+    tree["data"] |= dict.fromkeys(unread(cfg.model.task, cfg.data.template))
     made = {name: tree[name] for name in IDENTITY}
     return dict(_flat(made | {f"deepspeed.config.{name}": block for name, block in contents.blocks(cfg).items()}))
 
@@ -79,7 +82,7 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"output_dir {self.path} holds files that are not a run's (no {CONFIG}){other}")
         try:
-            found = load_config(self.path / CONFIG)
+            found = load_config(self.path / CONFIG, stored=True)
         except UserError as error:
             raise UserError(f"output_dir {self.path} holds a run that cannot be read ({error}){other}") from None
         if self._ended_at_once(found):

@@ -68,9 +68,9 @@ def _subject(path: str, model: str | None, dtype: str | None) -> Subject:
     if (folder / "config.yaml").is_file():
         if not (folder / "adapter").is_dir():
             raise UserError(f"the run {path} has no adapter yet; finish it with speft-train run {path}/config.yaml")
-        return Subject(path, _with(load_config(folder / "config.yaml"), model, dtype), folder / "adapter")
+        return Subject(path, _with(load_config(folder / "config.yaml", stored=True), model, dtype), folder / "adapter")
     if (folder / "training_config.yaml").is_file():
-        return Subject(path, _with(load_config(folder / "training_config.yaml"), model, dtype), folder)
+        return Subject(path, _with(load_config(folder / "training_config.yaml", stored=True), model, dtype), folder)
     if (folder / "adapter_config.json").is_file():
         if _is_peft(folder):
             raise UserError(f"{path} is a PEFT adapter without a training_config.yaml; merge it into a checkpoint first")
