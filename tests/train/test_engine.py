@@ -53,6 +53,11 @@ def test_a_raw_config_wins_and_is_merged(tmp_path: Path) -> None:
         assert made["bf16"] == {"enabled": "auto"}
 
 
+def test_a_section_that_is_null_is_as_if_it_were_not_there() -> None:
+    nothing = dict.fromkeys([*engine.SECTIONS, *engine.FROM_TRAIN])
+    assert engine.settings(DeepspeedSection(zero_stage=1, config=nothing)) == engine.settings(DeepspeedSection(zero_stage=1))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

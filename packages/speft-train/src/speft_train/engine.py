@@ -116,6 +116,8 @@ def settings(section: DeepspeedSection) -> dict[str, Any]:
     made: dict[str, Any] = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
     raw = _raw(section)
     for key, value in raw.items():
+        if value is None:  # as if it were not there
+            continue
         if key in FROM_TRAIN and value != "auto":
             raise UserError(f"deepspeed.config: {key} follows from the train section; got {value!r}, allowed: auto")
         if key in SECTIONS and not isinstance(value, Mapping):

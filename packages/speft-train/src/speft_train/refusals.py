@@ -22,7 +22,7 @@ class Setup:
     """What the rules look at."""
 
     method: str
-    dtype: str  #: of the weights, "auto" resolved where the model is known
+    dtype: str  #: of the weights; "auto" until the model is loaded, and then the rules are asked again
     deepspeed: bool
     stage: int
     half: str | None  #: "bf16" or "fp16" of the train section
@@ -79,7 +79,7 @@ RULES: tuple[Rule, ...] = (
         " model.dtype=bfloat16 and leave train.bf16 false: weights in bfloat16, values in float32",
     ),
     (
-        lambda s: s.deepspeed and s.half is not None and s.method != "full" and s.dtype != HALVES[s.half],
+        lambda s: s.deepspeed and s.half is not None and s.method != "full" and s.dtype not in ("auto", HALVES[s.half]),
         "train.bf16 and train.fp16 on DeepSpeed cast the base weights for good: what is measured before training and after it would have"
         " different bases, and detaching could not restore the weights; set model.dtype=bfloat16 (train.bf16 can stay false: what is"
         " trained is then kept in float32)",
@@ -163,21 +163,37 @@ def check(cfg: RunConfig, dtype: str | None = None) -> None:
         raise UserError("; ".join(reasons))
 
 
-def disagreements(train: Mapping[str, Any], raw: Mapping[str, Any]) -> list[str]:
+def check_schedule(cfg: RunConfig, examples: int, world: int) -> None:
+    """UserError where a DeepSpeed config says otherwise than the train section on so many training examples."""
+    from .sampler import steps_in_all
+
+    if not engine.is_enabled(cfg.deepspeed):
+        return
+    said, (per_device, accumulation) = {**_defaults(), **cfg.train}, batch_plan(cfg, world)
+    steps = steps_in_all(examples, per_device * accumulation * world, said["max_steps"], said["num_train_epochs"])
+    reasons = disagreements(cfg.train, engine.settings(cfg.deepspeed), steps)
+    if reasons:
+        raise UserError("; ".join(reasons))
+
+
+def disagreements(train: Mapping[str, Any], raw: Mapping[str, Any], steps: int | None = None) -> list[str]:
     """Where a DeepSpeed config says otherwise than the train section: transformers compares the two as well, but only when training
-    starts, after all that comes before.
+    starts, after all that comes before. steps: of the whole run; until the data tell them, what follows from them is taken as it is.
     """
     given = {key: value for key in COMPARED if (value := _reach(raw, key)) not in (None, "auto")}
     if not given:
         return []
     said = {**_defaults(), **train}
+    by_data = said["max_steps"] <= 0
+    if by_data and steps is not None:
+        said["max_steps"] = steps
     found = []
     for key, value in given.items():
         fields_of, expected_of = COMPARED[key]
         names, expected = " and ".join(f"train.{name}" for name in fields_of), expected_of(said)
-        if expected is None:
-            found.append(f"deepspeed.config: {key} follows from the size of the data; got {value!r}, allowed: auto, or set train.max_steps")
-        elif value != expected:
+        if by_data and "max_steps" in fields_of:
+            names = "train.num_train_epochs and the size of the training data"
+        if expected is not None and value != expected:
             found.append(
                 f"deepspeed.config: {key} is {value!r}, but by {names} it is {expected!r}; set {key} to auto, or both to one value"
             )
@@ -211,7 +227,7 @@ def _warmup(train: Mapping[str, Any]) -> int | None:
     return max(1, int(steps))
 
 
-# Key of a DeepSpeed config -> the fields of the train section that it follows from, and its value by them (None: the data tell).
+# Key of a DeepSpeed config -> the fields of the train section that it follows from, and its value by them (None: the data will tell).
 COMPARED: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
     "bf16.enabled": (("bf16",), lambda t: bool(t["bf16"])),
     "fp16.enabled": (("fp16",), lambda t: bool(t["fp16"])),

@@ -12,7 +12,7 @@ from typing import Any
 
 from speft_core.errors import UserError, nearest
 
-from . import engine, train_args
+from . import engine, refusals, train_args
 from .config import RunConfig, batch_plan
 from .ranks import Ranks
 from .sampler import require_batch
@@ -65,8 +65,11 @@ def check(cfg: RunConfig, world: int) -> None:
 
 
 def check_data(cfg: RunConfig, world: int, bundle: Any) -> None:
-    """UserError for data that fill no batch, or leave nothing to validate on where that is asked for."""
+    """UserError for data that fill no batch, make another schedule than DeepSpeed is given, or leave nothing to validate on where that
+    is asked for.
+    """
     require_batch(len(bundle.train), global_batch(cfg, world))
+    refusals.check_schedule(cfg, len(bundle.train), world)
     if cfg.train.get("eval_strategy", "no") != "no" and bundle.validation is None:
         raise UserError(
             f"train.eval_strategy needs validation examples; every validation example is longer than data.max_length"
