@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from speft_core.errors import UserError
 
 from . import shards
-from .config import RunConfig
+from .config import DataConfig, RunConfig
 from .context import Run
 
 if TYPE_CHECKING:
@@ -35,10 +35,15 @@ class Split:
     examples: Any  #: the tokenized ones that are not too long, or None
 
 
-def check_config(cfg: RunConfig) -> None:
-    """UserError where no data could give a figure."""
+def may_test(data: DataConfig) -> bool:
+    """Whether there may be test data: a file is training data alone, any other source may have a split of them."""
     from .data.sources import READERS
 
+    return data.test is not None or Path(data.train).suffix.lower() not in READERS
+
+
+def check_config(cfg: RunConfig) -> None:
+    """UserError where no data could give a figure."""
     settings, data = cfg.evaluate, cfg.data
     if not settings.enabled:
         return
@@ -47,8 +52,8 @@ def check_config(cfg: RunConfig) -> None:
         raise UserError(f"{NOTHING}: set one of evaluate.generation and evaluate.loss{OFF}")
     if settings.validation and data.validation is None and not data.validation_from_train:
         raise UserError("evaluate.validation needs data.validation or data.validation_from_train; neither is set")
-    held_out = data.test is not None or data.validation is not None or data.validation_from_train > 0
-    if not held_out and Path(data.train).suffix.lower() in READERS:
+    held_out = data.validation is not None or data.validation_from_train > 0
+    if not held_out and not may_test(data):
         raise UserError(
             f"{NOTHING}: the file {data.train} is training data alone; set data.test, data.validation or"
             f" data.validation_from_train{OFF}"

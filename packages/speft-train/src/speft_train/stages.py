@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ class Stage:
 
 
 def _of_model(cfg: RunConfig) -> str:
+    """Validation data beside the test data are measured of what was trained alone."""
+    cfg = replace(cfg, evaluate=replace(cfg.evaluate, validation=False))
     return section_hash(cfg, "model", "data", "evaluate", "seed")
 
 

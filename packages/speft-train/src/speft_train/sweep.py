@@ -100,14 +100,13 @@ def execute(config: Path, overrides: list[str], grid: list[str], seeds: int | No
         return
     if not settings.table_only:
         settings.check_devices()
-    tuning = any(len(sweep.candidates(row)) > 1 for row in sweep.rows)
-    chosen = _tuned(sweep, console, settings) if tuning else {}
+    chosen = _tuned(sweep, console, settings)
     cells = [
-        sweep.cell(row, column, seed, chosen.get((row, column), sweep.candidates(row)[0]))
+        sweep.cell(row, column, seed, chosen[row, column])
         for seed in sweep.seeds
         for column in sweep.columns
         for row in sweep.rows
-        if (row, column) in chosen or not tuning
+        if (row, column) in chosen
     ]
     run_cells(cells, console, settings)
     final = _found(cells)
@@ -228,13 +227,14 @@ def _elsewhere(cell: Cell, device: str | None) -> None:
 
 def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str, str], tuple[tuple[str, Any], ...]]:
     """For each place of the table the candidate with the best validation score, by the first seed; of equal ones (all may
-    answer with the majority class) the one with the least validation loss.
+    answer with the majority class) the one with the least validation loss. One alone is chosen without a look: none is run here.
     """
+    listed = {(row, column): sweep.candidates(row) for column in sweep.columns for row in sweep.rows}
     cells = [
         sweep.cell(row, column, sweep.seeds[0], tuned)
-        for column in sweep.columns
-        for row in sweep.rows
-        for tuned in sweep.candidates(row)
+        for (row, column), several in listed.items()
+        if len(several) > 1
+        for tuned in several
     ]
     run_cells(cells, console, settings)
     candidates: dict[tuple[str, str], list[tuple[Cell, dict[str, Any]]]] = {}
@@ -246,7 +246,8 @@ def _tuned(sweep: Sweep, console: Console, settings: Settings) -> dict[tuple[str
         if held is found["adapted"] and held.get("split") != "validation":
             raise UserError(f"sweep.tune chooses by validation data; {cell.name} found none of its validation rows to measure")
         candidates.setdefault((cell.row, cell.column), []).append((cell, held))
-    return {place: _best(sweep, place[1], ran) for place, ran in candidates.items()}
+    chosen = {place: several[0] for place, several in listed.items() if len(several) == 1}
+    return chosen | {place: _best(sweep, place[1], ran) for place, ran in candidates.items()}
 
 
 def _best(sweep: Sweep, column: str, ran: Sequence[tuple[Cell, dict[str, Any]]]) -> tuple[tuple[str, Any], ...]:

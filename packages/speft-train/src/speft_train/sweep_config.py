@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,19 @@ class Sweep:
 
     def cell(self, row: str, column: str, seed: int, tuned: tuple[tuple[str, Any], ...]) -> Cell:
         """The run of one place in the table, checked."""
+        from .measure import may_test  # brings torch
+
         settings = {k: v for k, v in (*self.columns[column].items(), *self.rows[row].items()) if k not in ("score", "tune")}
         settings |= dict(tuned)
-        task = settings.get("model.task", (self.tree.get("model") or {}).get("task"))
-        if seed == self.seeds[0] and len(self.candidates(row)) > 1 and task != "sequence_classification":
-            settings["evaluate.validation"] = True  # what the choice is made by; a classification always measures it
         parts = [column, row, *("-".join((key.rpartition(".")[2], str(value))) for key, value in tuned), f"seed{seed}"]
         folder = self.folder.joinpath(*map(_slug, parts))
         tree = _with(self.tree, {**settings, "seed": seed, "output_dir": str(folder)})
-        return Cell(row, column, seed, tuned, from_mapping(tree, f"{self.name} ({row} on {column})"))
+        cfg = from_mapping(tree, f"{self.name} ({row} on {column})")
+        # What the choice is made by. A classification always measures it, and a language model without test data.
+        chooses = seed == self.seeds[0] and len(self.candidates(row)) > 1
+        if chooses and cfg.model.task != "sequence_classification" and may_test(cfg.data):
+            cfg = replace(cfg, evaluate=replace(cfg.evaluate, validation=True))
+        return Cell(row, column, seed, tuned, cfg)
 
     def every_cell(self) -> list[Cell]:
         """Each place of the table with every candidate and seed, whether or not it is needed."""
