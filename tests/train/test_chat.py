@@ -99,6 +99,61 @@ def test_null_is_content_beside_calls_alone() -> None:
         render({"messages": row(content=" ", tool_calls=[])["messages"][:2]})
 
 
+def test_an_empty_list_of_calls_is_no_call() -> None:
+    """Llama 3's templates take any list for calls, and refuse one that has not exactly one."""
+    template = "{% for m in messages %}{% if 'tool_calls' in m and m.tool_calls|length != 1 %}{{ raise_exception('one call') }}{% endif %}"
+    template += "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    given = row(content="One moment.")
+    filled = {"messages": [{**turn, "tool_calls": [], "function_call": {}} for turn in given["messages"]]}
+    assert render(filled, template) == render(given, template)
+
+
+OLDER = TOOLS.replace("m.tool_calls or []", "([m] if m.function_call else [])").replace("call.function ", "call.function_call ")
+OPENAI: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern", "unit": null}'}}
+
+
+@pytest.mark.parametrize(
+    ("calls", "template"),
+    [
+        ({"tool_calls": [OPENAI]}, TOOLS),
+        ({"tool_calls": [OPENAI["function"]]}, TOOLS.replace("call.function", "call")),
+        ({"function_call": OPENAI["function"]}, OLDER),
+    ],
+    ids=["tool_calls", "bare", "function_call"],
+)
+def test_arguments_that_are_json_text_are_learnt_as_the_object_that_they_are(calls: dict[str, Any], template: str) -> None:
+    given = row(content=None, **calls)
+    before = json.dumps(given)
+    assert learnt(render(given, template))[0] == f'<call>{json.dumps(CALL["function"])}</call><end>\n'
+    assert json.dumps(given) == before, "the row is another's"
+
+
+@pytest.mark.parametrize("write", ["'' + a", "a", "a if a is string else a | tojson"], ids=["joined", "written", "either"])
+def test_a_template_that_takes_arguments_as_text_gets_the_text(write: str) -> None:
+    """As DeepSeek's, which joins it to other text."""
+    template = TOOLS.replace("{{ call.function | tojson", "{% set a = call.function.arguments %}{{ " + write)
+    assert learnt(render(row(content=None, tool_calls=[OPENAI]), template))[0] == f"<call>{OPENAI['function']['arguments']}</call><end>\n"
+
+
+@pytest.mark.parametrize("text", ["Bern", '"Bern"', "[1]", "{", ""])
+def test_arguments_that_are_no_json_object_stay_as_they_are(text: str) -> None:
+    call = {"function": {"name": "weather", "arguments": text}}
+    assert learnt(render(row(content=None, tool_calls=[call])))[0] == f"<call>{json.dumps(call['function'])}</call><end>\n"
+
+
+def test_fields_that_a_template_rewrites_in_earlier_turns_are_named() -> None:
+    """As Qwen3's, which leaves the reasoning of earlier turns out."""
+    thought = "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    template = TOOLS.replace("{{ m.role }}: ", "{{ m.role }}: " + thought)
+    given = row(content="I look.", reasoning_content="The sky?")
+    given["messages"][-1]["reasoning_content"] = "Sun."
+    rule = "later turns leave earlier ones as they are; this one does not"
+    with pytest.raises(UserError, match=f"{rule}, or not with the turns' reasoning_content$"):
+        render(given, template)
+    with pytest.raises(UserError, match=f"{rule}$"):
+        render(row(content="I look."), "{{ messages|length }}{{ messages[-1].content }}")
+
+
 def chain(end: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A model that answers 4, closes its turn, and would go on with nines: each token has its one successor."""
     made = tokenizer()

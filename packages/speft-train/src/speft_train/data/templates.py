@@ -131,7 +131,8 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
         raise UserError(
             "template chat needs a tokenizer with a chat template; this one has none: use question_answer or alpaca"
         )
-    messages, tools = _messages(row, system), _tools(row)
+    tools = _tools(row)
+    messages = _with_objects(tokenizer, _messages(row, system), tools)
     pieces: list[Piece] = []
     done = ""
     for place, message in enumerate(messages):
@@ -149,9 +150,10 @@ def _chat(row: Row, tokenizer: ChatTokenizer, system: str | None) -> Rendered:
         if _calls(message):
             _check_calls(tokenizer, messages[: place + 1], tools, after)
         if not (before.startswith(done) and after.startswith(before)):
+            extra = list(dict.fromkeys(name for turn in messages for name in turn if name not in ("role", "content")))
             raise UserError(
-                "template chat needs a chat template in which later turns leave earlier ones as they are;"
-                " this one does not"
+                "template chat needs a chat template in which later turns leave earlier ones as they are; this one does not"
+                + (f", or not with the turns' {', '.join(extra)}" if extra else "")
             )
         pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], True)]
         done = after
@@ -239,7 +241,7 @@ def _messages(row: Row, system: str | None) -> list[dict[str, Any]]:
         if isinstance(messages, str) or not isinstance(messages, Sequence) or not all(map(_is_turn, messages)):
             raise UserError("messages must be a list of mappings with the texts role and content (null beside tool_calls)")
         # The Hub's tables give every turn the fields of all, empty where it has none of its own.
-        messages = [{name: value for name, value in m.items() if value is not None or name == "content"} for m in messages]
+        messages = [{name: value for name, value in m.items() if name == "content" or not _is_empty(name, value)} for m in messages]
         answers = [m for m in messages if m["role"] == "assistant"]
         if not answers:
             raise UserError("messages must hold a turn of the assistant; they hold none")
@@ -257,9 +259,50 @@ def _is_turn(message: Any) -> bool:
     return isinstance(content, str) or (content is None and bool(_calls(message)))
 
 
+def _is_empty(name: str, value: Any) -> bool:
+    """A list of no calls is none: templates take any list for calls."""
+    return value is None or (name in CALLS and not value)
+
+
 def _calls(message: Mapping[str, Any]) -> list[str]:
     """The fields in which a turn calls tools: today's, and the one that came before it."""
     return [name for name in CALLS if message.get(name)]
+
+
+def _with_objects(
+    tokenizer: ChatTokenizer, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The turns with objects where calls hold their arguments as JSON text, as OpenAI writes them: chat templates write objects as
+    JSON, and so a text with quotes around it. The turns as they are for a template that takes text alone.
+    """
+    opened: list[Any] = []
+    made = [{name: _opened(value, opened) if name in CALLS else value for name, value in turn.items()} for turn in messages]
+    if not opened:
+        return messages
+    last = max(place for place, turn in enumerate(made) if _calls(turn))
+    try:
+        text = templated(tokenizer, made[: last + 1], False, tools)
+    except UserError:
+        return messages
+    return messages if any(str(found) in text for found in opened if found) else made  # Python's form of an object is no JSON
+
+
+def _opened(value: Any, opened: list[Any]) -> Any:
+    """A copy of calls with the objects that stand in them as JSON text, which are added to `opened`."""
+    if isinstance(value, Mapping):
+        return {name: _object(below, opened) if name == "arguments" else _opened(below, opened) for name, below in value.items()}
+    return [_opened(call, opened) for call in value] if isinstance(value, (list, tuple)) else value
+
+
+def _object(value: Any, opened: list[Any]) -> Any:
+    try:
+        found = json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return value
+    if not isinstance(found, dict):
+        return value
+    opened.append(found)
+    return found
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
