@@ -13,7 +13,7 @@ import pico
 import pico_run
 import pico_tokenizers
 from speft_core.errors import UserError
-from speft_train import cli, results
+from speft_train import cli, models, positions, results
 from speft_train.folder import RunFolder
 
 
@@ -106,7 +106,12 @@ def test_the_last_token_that_fits_is_generated_and_the_next_one_has_no_position(
         model.generate(prompt, max_new_tokens=16, **options)
 
 
-def test_rotary_positions_have_no_end(tmp_path: Path) -> None:
+def test_rotary_positions_have_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So nothing is tokenized for them, and the second run of a sweep makes no model to see it."""
+    monkeypatch.setattr(positions, "_longest", None)
+    monkeypatch.setattr(positions, "_ENDS", {})
+    assert "cannot be loaded" in asks(tmp_path, "llama", 90, 70, 256)
+    monkeypatch.setattr(models, "meta_model", None)
     assert "cannot be loaded" in asks(tmp_path, "llama", 90, 70, 256)
 
 

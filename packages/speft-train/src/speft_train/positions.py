@@ -14,9 +14,11 @@ from speft_core.errors import UserError
 from . import models
 
 if TYPE_CHECKING:
+    from .config import RunConfig
     from .context import Run
     from .measure import Split
 
+_ENDS: dict[str, int | None] = {}  # a model's config -> what `_end` found: a sweep asks for each of its runs
 MARGIN = 8  # rows that a table has more than there are positions (OPT's 2), or that hold none (RoBERTa's, up to the padding's)
 
 
@@ -49,17 +51,10 @@ def check(run: Run, config: Any, measured: Sequence[Split]) -> None:
 
     config: the model's, whose weights are not loaded yet. measured: what a causal model is to answer, if anything.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    new = run.cfg.evaluate.max_new_tokens
-    if limit is None:
+    end, new = _end(run.cfg, config), run.cfg.evaluate.max_new_tokens
+    if end is None:
         return
     example, prompt = _longest(run, measured)
-    if max(example, prompt + new) <= limit - MARGIN:
-        return
-    model = models.meta_model(run.cfg)
-    end = room(model)
-    if end is None or not has_table(model, limit):
-        return
     mistakes = []
     if example > end:
         mistakes.append(too_long(end, example))
@@ -74,6 +69,20 @@ def check(run: Run, config: Any, measured: Sequence[Split]) -> None:
         raise UserError("; ".join(mistakes))
 
 
+def _end(cfg: RunConfig, config: Any) -> int | None:
+    """`room` of a model that looks positions up, else None. Asked first, without weights: most models have no table, and no prompt
+    needs to be tokenized for them.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    key = config.to_json_string()
+    if key not in _ENDS:
+        model = models.meta_model(cfg)
+        _ENDS[key] = room(model) if has_table(model, limit) else None
+    return _ENDS[key]
+
+
 def too_long(end: int, tokens: int) -> str:
     """What is wrong with an example of so many tokens."""
     return f"data.max_length must be at most the model's {end} positions; an example has {tokens} tokens"
@@ -85,12 +94,13 @@ def _longest(run: Run, measured: Sequence[Split]) -> tuple[int, int]:
     from .evaluate.choices import spelled_out
 
     cfg, tokenizer = run.cfg, run.tokenizer
-    examples = [report.longest for report in run.data.reports.values()]
-    prompts: list[int] = []
+    longest, prompt = max(report.longest for report in run.data.reports.values()), 0
     for split in measured:
         if cfg.data.template == "multiple_choice":
-            made, _ = spelled_out(split.rows[: cfg.evaluate.limit], tokenizer, cfg)
-            examples += [len(example["input_ids"]) for example in made]
+            for row in split.rows[: cfg.evaluate.limit]:
+                made, _ = spelled_out([row], tokenizer, cfg)
+                longest = max(longest, *(len(example["input_ids"]) for example in made))
         elif cfg.evaluate.generation:
-            prompts += [len(data.prompt_ids(example, tokenizer)) for example in split.rendered[: cfg.evaluate.limit]]
-    return max(examples), max(prompts, default=0)
+            for rendered in split.rendered[: cfg.evaluate.limit]:
+                prompt = max(prompt, len(data.prompt_ids(rendered, tokenizer)))
+    return longest, prompt
