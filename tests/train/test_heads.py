@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import pico
 import pico_tokenizers
@@ -59,3 +60,47 @@ def test_a_head_for_other_classes_or_with_a_start_of_its_own_begins_anew(
         assert model.score.weight.std().item() == pytest.approx(0.5, rel=0.3)
     if "words" in head:
         assert torch.equal(model.score.weight, rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("own", "order"),
+    [
+        (["yes", "no", "maybe"], [2, 1, 0]),
+        (["No", "MAYBE", "Yes"], [1, 0, 2]),
+        (["maybe", "no", "yes"], None),
+        (["LABEL_2", "LABEL_1", "LABEL_0"], None),
+        (["yes", "no", "perhaps"], None),
+    ],
+    ids=["names", "case", "same", "generic", "others"],
+)
+def test_outputs_that_have_the_labels_names_stand_for_these_labels(
+    kind: str, own: list[str], order: list[int] | None, tmp_path: Path
+) -> None:
+    """Of a decoder, and of an encoder, whose head has a bias: the logits go with their names."""
+    tokenizer = pico_tokenizers.byte_level()
+    config = getattr(pico, kind)(vocab_size=len(tokenizer)).config
+    config.id2label, config.label2id = dict(enumerate(own)), {name: place for place, name in enumerate(own)}
+    config.pad_token_id = tokenizer.pad_token_id
+    saved = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in heads.modules(saved)["score" if kind == "llama" else "classifier"].parameters():
+            parameter.normal_()
+    saved.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, cfg = loaded(tmp_path, ("maybe", "no", "yes"))
+    ids = torch.tensor([[7, 8, 9]])
+    with torch.no_grad():
+        before, after = saved(ids).logits, model(ids).logits
+    torch.testing.assert_close(after, before[:, order] if order else before)
+    assert ("its outputs put in the order of the labels" in heads.about(model, cfg)) == (order is not None)
+    assert model.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
+
+
+def test_a_head_that_begins_anew_is_not_said_to_be_put_in_order(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "named")
+    config = LlamaForSequenceClassification.from_pretrained(folder).config
+    config.id2label = {0: "good", 1: "bad"}
+    config.save_pretrained(folder)
+    assert "put in the order" in heads.about(*loaded(folder))
+    assert "put in the order" not in heads.about(*loaded(folder, init_std=0.5))

@@ -3,7 +3,8 @@
 On a decoder the head is a matrix on the last real token's state, without a bias (SpaRTA, arXiv 2502.15975): random with
 the small spread 0.06 / sqrt(width) for a base model, or the rows of the vocabulary head that belong to answer words, for
 a model that follows instructions. The vocabulary head and the embeddings are never touched. An encoder keeps the head
-of its architecture, and a checkpoint that is a classifier of as many classes its own.
+of its architecture, and a checkpoint that is a classifier of as many classes its own: in the order of the data's labels,
+where it calls its outputs by these names.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from . import shards
 from .config import RunConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .data.labels import LabelSpace
 
 BASE_SPREAD = 0.06
 IS_LOADED = "_speft_head_is_loaded"  # on a model: its head came with the checkpoint
+IS_SORTED = "_speft_head_is_sorted"  # its rows have changed places since
 
 
 def modules(model: Any) -> dict[str, nn.Module]:
@@ -58,6 +62,8 @@ def about(model: Any, cfg: RunConfig) -> str:
     """One line on the head's policy."""
     settings = cfg.model.head
     start = "the checkpoint" if getattr(model, IS_LOADED, False) else "a random start"
+    if getattr(model, IS_SORTED, False):
+        start += ", its outputs put in the order of the labels"
     if settings.words:
         start = "the vocabulary rows of " + ", ".join(settings.words.values())
     fate = "trained whole" if settings.train else "left frozen"
@@ -66,12 +72,27 @@ def about(model: Any, cfg: RunConfig) -> str:
     return f"head: {', '.join(modules(model))}, {count:,} parameters, from {start}, {fate}"
 
 
-def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int = 1, is_loaded: bool = False) -> None:
+def places(own: Sequence[Any], names: Sequence[str]) -> list[int]:
+    """For each label of the data the checkpoint's output of that name, whatever its case; none where the two are not the same names,
+    as LABEL_0, or not in another order.
+    """
+    theirs, ours = [str(name).strip().casefold() for name in own], [name.casefold() for name in names]
+    if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
+        return []
+    return [theirs.index(name) for name in ours]
+
+
+def start(
+    model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world: int = 1, is_loaded: bool = False, order: Sequence[int] = ()
+) -> None:
     """Give a fresh head its first values, the same for a seed. One that came with the checkpoint keeps its own, unless the config
-    asks for a start (init_std, words; bias).
+    asks for a start (init_std, words; bias); order: which of its outputs stands for each label, if they are to change places.
     """
     setattr(model, IS_LOADED, is_loaded and cfg.model.head.init_std is None)
+    setattr(model, IS_SORTED, bool(order) and getattr(model, IS_LOADED) and not cfg.model.head.words)
     with whole(_last(model).parameters(), change=True):  # that of a classifier's checkpoint lies in shards already
+        if getattr(model, IS_SORTED):
+            _sort(_last(model), order)
         _start_weights(model, tokenizer, cfg, labels, world)
         if cfg.model.head.bias == "labels" and labels.blind:
             bias = _last(model).bias
@@ -81,6 +102,12 @@ def start(model: Any, tokenizer: Any, cfg: RunConfig, labels: LabelSpace, world:
                 )
             with torch.no_grad():
                 bias.copy_(torch.tensor(labels.blind))
+
+
+@torch.no_grad()
+def _sort(last: nn.Linear, order: Sequence[int]) -> None:
+    for parameter in last.parameters():
+        parameter.copy_(parameter[list(order)])
 
 
 def _last(model: Any) -> nn.Linear:

@@ -45,6 +45,7 @@ def load_model(
     where = locate(cfg.model)
     tokenizer = tokenizer or load_tokenizer(cfg)
     config = load_model_config(cfg)
+    own = [name for _, name in sorted((config.id2label or {}).items())]  # what the checkpoint calls its outputs
     if labels is not None:
         labels.write(config)
         config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
@@ -60,7 +61,8 @@ def load_model(
         model.config.pad_token_id = tokenizer.pad_token_id
     if labels is not None:
         new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        heads.start(model, tokenizer, cfg, labels, world, is_loaded=not new & set(heads.parameter_names(model)))
+        is_loaded = not new & set(heads.parameter_names(model))
+        heads.start(model, tokenizer, cfg, labels, world, is_loaded, heads.places(own, labels.names))
     finish(model)
     return model.eval(), tokenizer
 
@@ -97,7 +99,7 @@ def load_model_config(cfg: RunConfig, known: bool = False) -> PretrainedConfig:
         config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     _check_task(cfg.model, config)
     if cfg.model.task == "sequence_classification":
-        config.num_labels = cfg.model.num_labels or 2
+        config.num_labels = cfg.model.num_labels or config.num_labels or 2  # 2 of a model that is no classifier
     if cfg.model.attn_implementation is not None:
         config._attn_implementation = cfg.model.attn_implementation
     return config
