@@ -245,3 +245,16 @@ def test_a_folder_within_a_half_made_one(tmp_path: Path) -> None:
         sweep(tmp_path / "outer")  # as another writer would
         assert names(beside) == ["inner"]
     assert names(tmp_path / "outer" / "inner") == ["a"] and names(tmp_path) == ["outer"]
+
+
+def test_a_link_in_the_place_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    for name, inside in (("full", True), ("empty", False)):
+        (tmp_path / name).mkdir()
+        if inside:
+            (tmp_path / name / "mine").write_text("kept")
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+        with atomic_folder(tmp_path / f"link-{name}") as beside:
+            (beside / "new").write_text("new")
+        assert not (tmp_path / f"link-{name}").is_symlink() and (tmp_path / f"link-{name}/new").read_text() == "new"
+    assert (tmp_path / "full/mine").read_text() == "kept" and (tmp_path / "empty").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full", "link-empty", "link-full"]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForTokenClassification
 
 import pico
+import speft_core as sc
 from speft_core import SparseAdapter, UserError
 from speft_hub.cli import app
 from speft_hub.console import run
@@ -133,3 +134,21 @@ def test_diff_lists_what_only_one_of_them_has(tmp_path: Path, capsys: pytest.Cap
         assert told["name"] == "score.weight" and told["only"] == side
         assert run(app, ["diff", str(tmp_path / a), str(tmp_path / b)]) == 0
         assert f"{side} alone" in capsys.readouterr().out
+
+
+def test_a_head_of_its_own_is_one_whatever_the_configuration_says(tmp_path: Path) -> None:
+    """As Transformers has it: two stored tensors that differ are not tied."""
+    base = pico.llama(tied=True)
+    base.save_pretrained(tmp_path / "base")
+    change(tmp_path / "base", lm_head__weight=torch.randn(pico.VOCAB, pico.HIDDEN))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    mask = sc.find_mask(model, metric="magnitude", budget=sc.Budget(k=3), targets=["lm_head"])
+    tuner = sc.attach(model, mask)
+    for values in tuner.values.values():
+        values.data.fill_(0.5)
+    tuner.adapter().save(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out", str(tmp_path / "base"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    changed = {n: int((before[n] != after[n]).sum()) for n in before}
+    assert changed.pop("lm_head.weight") == 3 and not any(changed.values())

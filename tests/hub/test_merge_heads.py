@@ -118,3 +118,30 @@ def test_a_merge_without_heads_is_as_it_was(tmp_path: Path, tasks: list[str]) ->
         SparseAdapter(adapter.deltas, {}, adapter.config, adapter.fingerprint).save(task)
     rows, apart = merge_adapters(tasks, tmp_path / "both")
     assert apart == [] and rows[0].merged == 4 and not list(tmp_path.glob(".*"))
+
+
+def test_a_merge_of_classifiers_is_loaded_as_one(tmp_path: Path, tasks: list[str]) -> None:
+    """Its task is open without a head, but its tensors are called as in a classifier."""
+    merge_adapters(tasks, tmp_path / "both")
+    card = (tmp_path / "both/README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "CausalLM" not in card and "vllm" not in card
+
+
+def test_other_dense_tensors_that_differ_take_no_task_along(
+    tmp_path: Path, tasks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(2):
+        save(tmp_path / f"n{i}", tmp_path / "base", {"model.norm.weight": torch.full((16,), 1.0 + i)}, i)
+    assert run(app, ["merge", str(tmp_path / "n0"), str(tmp_path / "n1"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == "note: left out, because the adapters differ in it: model.norm.weight\n"
+    assert SparseAdapter.load(tmp_path / "out").config.task_type == "SEQ_CLS"
+    assert "architectures" in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_heads_that_are_the_models_own_are_no_loss(tmp_path: Path, tasks: list[str]) -> None:
+    for i in range(2):
+        save(tmp_path / f"n{i}", tmp_path / "base", {}, i)
+    multihead([str(tmp_path / f"n{i}") for i in range(2)], tmp_path / "many", ["a", "b"])
+    assert load_heads(tmp_path / "many")[0] == {"a": {}, "b": {}}
+    merge_adapters([str(tmp_path / "many"), tasks[0]], tmp_path / "out")
+    assert SparseAdapter.load(tmp_path / "out").nnz == 4

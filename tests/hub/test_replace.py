@@ -9,10 +9,11 @@ import pytest
 
 import pico
 from hub.exported import adapter_for
-from speft_core import UserError
+from speft_core import SparseAdapter, UserError
 from speft_hub import pull, push
 from speft_hub.combining import merge_adapters
 from speft_hub.export import export
+from speft_hub.names import check_place
 
 
 def prepare(root: Path) -> dict[str, Callable[[], object]]:
@@ -74,3 +75,12 @@ def test_a_configuration_alone_is_no_checkpoint(tmp_path: Path) -> None:
         export(tmp_path / "adapter", tmp_path / "settings", force=True)
     (tmp_path / "settings/model.safetensors").write_bytes(b"")
     export(tmp_path / "adapter", tmp_path / "settings", force=True)
+
+
+def test_what_a_killed_save_left_is_the_adapters_own(tmp_path: Path) -> None:
+    SparseAdapter({}, {}).save(tmp_path / "a")
+    (tmp_path / "a" / ".adapter_model.safetensors.x3k_9q1z.partial").write_bytes(b"half")
+    assert check_place(tmp_path / "a", force=True) == tmp_path / "a"
+    (tmp_path / "a" / ".notes.txt.x3k_9q1z.partial").write_bytes(b"mine")
+    with pytest.raises(UserError, match="notes"):
+        check_place(tmp_path / "a", force=True)

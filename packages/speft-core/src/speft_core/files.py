@@ -157,7 +157,7 @@ def _swap(beside: Path, path: Path, allowed: Callable[[], None]) -> None:
     try:
         for tries_left in reversed(range(10)):
             try:
-                full = path.is_dir() and any(path.iterdir())
+                full = path.is_symlink() or (path.is_dir() and any(path.iterdir()))
                 allowed()
                 if full:
                     os.replace(path, old)
@@ -173,6 +173,8 @@ def _swap(beside: Path, path: Path, allowed: Callable[[], None]) -> None:
         if old.exists() and not path.exists():
             os.replace(old, path)
         raise
+    if old.is_symlink():  # the link is replaced, not what it leads to
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
 
 

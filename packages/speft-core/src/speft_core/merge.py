@@ -6,6 +6,7 @@ Shape suffixes: A adapters, U union of their kept entries, K kept entries of one
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +20,10 @@ from .errors import UserError, nearest
 from .fingerprint import same_sample
 from .merge_methods import METHODS, Stack
 from .merge_report import Row, measure, totals
+
+HEAD = re.compile(
+    r"(?:\w+\.)*(?:lm_head|embed_out|score|classifier|pre_classifier|classification_head|qa_outputs|sequence_summary|logits_proj)\..+"
+)
 
 
 class Source(Protocol):
@@ -154,6 +159,11 @@ def merged_deltas(sources: Sequence[Source], recipe: Recipe) -> Iterator[tuple[s
         yield name, merged, measure(stack, merged)
 
 
+def is_head(name: str) -> bool:
+    """Whether a dense tensor is one of a head, by the names that Transformers' models give what lies on top of a body."""
+    return HEAD.fullmatch(name) is not None
+
+
 def merged_dense(sources: Sequence[Source]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Dense tensors that one adapter alone has, or all that have it agree on; and the names of those that were left apart.
 
@@ -201,11 +211,14 @@ def merged_config(
     }
     if apart:
         record["heads_left_apart"] = apart
+    headless = any(map(is_head, apart))
+    if headless:
+        record["task_type"] = common("task_type")  #: of the sources
     targets = list(dict.fromkeys(t for c in configs for t in c.targets))
     return AdapterConfig(
         base_model_name_or_path=configs[0].base_model_name_or_path,
         base_model_revision=common("base_model_revision"),
-        task_type=None if apart else common("task_type"),  # a body without its head does no task
+        task_type=None if headless else common("task_type"),  # a body without its head does no task
         metric=common("metric"),
         scope=common("scope"),
         targets=targets,

@@ -138,7 +138,7 @@ def render(adapter: SparseAdapter, folder: Path, address: str, given: CardFields
     }
     sections = {
         "summary": _summary(adapter, folder, base),
-        "load": _load(address, base or "BASE_MODEL", config.task_type),
+        "load": _load(address, base or "BASE_MODEL", config.task_type or config.extra.get("merge", {}).get("task_type")),
         "results": _results(evaluations),
         "density": _density(adapter),
         "training": _training(folder),
@@ -192,6 +192,7 @@ def _load(address: str, base: str, task: str | None) -> str:
         task or "", "AutoModelForCausalLM"
     )
     name = re.sub(r"[^\w.-]", "_", address.rsplit("/", 1)[-1])
+    served = f"     # or: vllm serve {name}-full" if kind == "AutoModelForCausalLM" else ""
     quoted, base = json.dumps(address), re.sub(r"[^\w./:-]", "_", base)
     python = f"""import speft_core as sc
 from speft_hub import pull
@@ -204,7 +205,7 @@ with adapter.applied(model):  # in place; the base's bits are back afterwards
     shell = f"speft-hub pull '{address}' {name}     # pinned to a commit, every byte checked\nspeft-hub inspect {name}"
     export = f"""speft-hub pull '{address}' {name}
 speft-hub export {name} {name}-full --base {base}
-python -c 'from transformers import {kind} as M; M.from_pretrained("{name}-full")'     # or: vllm serve {name}-full"""
+python -c 'from transformers import {kind} as M; M.from_pretrained("{name}-full")'{served}"""
     return "\n\n".join(
         [
             "## How to load it",
@@ -264,7 +265,7 @@ def _merge(record: Any) -> str:
             lines.append(f"- {plain(source.get('name'))}: {source.get('nnz', 0):,} parameters")
     if apart := record.get("heads_left_apart"):
         named = ", ".join(plain(name) for name in (apart if isinstance(apart, list) else [apart]))
-        lines += ["", f"Left out, because the sources differ in it: {named}. This adapter has no head of its own in its place."]
+        lines += ["", f"Left out, because the sources differ in it: {named}. This adapter has nothing of its own in its place."]
     figures = record.get("figures")
     if isinstance(figures, dict):
         lines += ["", f"Overlap {figures.get('overlap', 0):,} entries, sign conflicts {figures.get('sign_conflicts', 0):,}."]

@@ -147,14 +147,14 @@ class Checkpoint:
         """The embeddings and the head, as far as they are stored, where the two are one parameter; else nothing. As it was when
         first asked: before anything was changed.
 
-        Where the configuration is silent, its class may tie them or not: they are one if a stored head is the embeddings.
+        A stored head of its own makes them two, whatever the configuration says, as Transformers has it. Where that is silent, its
+        class may tie them or not: they are one if a stored head is the embeddings.
         """
         embeddings = [k for k in self.places if k.endswith(EMBEDDINGS)]
         heads = [k for k in self.places if k.endswith(LM_HEAD)]
         told = self.config.get("tie_word_embeddings")
-        if told is None:
-            told = bool(heads) and all(map(self.is_tied_copy, heads))
-        return (*embeddings, *heads) if told and len(embeddings) == 1 else ()
+        tied = bool(heads) if told is None else bool(told)
+        return (*embeddings, *heads) if tied and len(embeddings) == 1 and all(map(self.is_tied_copy, heads)) else ()
 
     def is_tied_copy(self, head: str) -> bool:
         """Whether a stored head is the embeddings once more, bit for bit."""

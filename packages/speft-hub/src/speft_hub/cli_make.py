@@ -11,6 +11,7 @@ import typer
 
 from speft_core import UserError
 from speft_core.files import atomic_folder
+from speft_core.merge import is_head
 from speft_core.merge_report import totals
 
 from .addresses import is_reference
@@ -27,7 +28,8 @@ def merge(sources: Sources, out: Out, how: Any = None, json: Json = False) -> No
     with progress_bar(json) as progress:
         rows, apart = merge_adapters(sources, out, progress=progress, **how)
     if apart:
-        note(f"left out, because the adapters differ in it: {', '.join(apart)}; speft-hub multihead keeps every head")
+        advice = "; speft-hub multihead keeps every head" if all(map(is_head, apart)) else ""
+        note(f"left out, because the adapters differ in it: {', '.join(apart)}{advice}")
     figures = totals(rows, len(sources))
     record = {"out": str(out), "method": how["method"], "figures": figures, "heads_left_apart": apart}
     record["tensors"] = [asdict(r) for r in rows]

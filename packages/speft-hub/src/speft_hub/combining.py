@@ -14,6 +14,7 @@ import torch
 
 from speft_core import SparseAdapter, UserError
 from speft_core.files import atomic_folder
+from speft_core.merge import is_head
 from speft_core.merge_files import AdapterFile, merge_folders
 from speft_core.merge_report import Row
 from speft_core.multihead_files import check_labels, kind_of_outputs, load_heads, save_heads
@@ -69,7 +70,7 @@ def merge_adapters(
             rows = _merge(folders, beside, dtype=kind, names=called, **options)
             adapter = SparseAdapter.load(beside)
             apart: list[str] = adapter.config.extra["merge"].get("heads_left_apart", [])
-            _take_config(folders, beside, OF_A_HEAD if apart else ())
+            _take_config(folders, beside, OF_A_HEAD if any(map(is_head, apart)) else ())
             write_card(beside, out.name, adapter=adapter)
     return rows, apart
 
@@ -86,8 +87,9 @@ def _merge(folders: Sequence[Path], beside: Path, **options: Any) -> list[Row]:
 
 def _refuse_heads(folders: Sequence[Path], sources: Sequence[str], command: str) -> None:
     for folder, source in zip(folders, sources, strict=True):
-        if (folder / names.HEADS).is_file():
-            tasks = ", ".join(load_heads(folder)[0])
+        heads = load_heads(folder)[0] if (folder / names.HEADS).is_file() else {}
+        if any(heads.values()):  # else all are the model's own
+            tasks = ", ".join(heads)
             raise UserError(
                 f"{source} has heads of several tasks ({tasks}), which {command} would lose; give the adapters that it was made of"
             )

@@ -219,8 +219,9 @@ def convert(source: str | Path, out: str | Path, to: str = "speft", base: str | 
         raise UserError(f"{source} is a {to} adapter already")
     check_place(out, force)
     if kind == "speft":
-        if (source / HEADS).is_file():
-            tasks = ", ".join(load_heads(source)[0])
+        heads = load_heads(source)[0] if (source / HEADS).is_file() else {}
+        if any(heads.values()):
+            tasks = ", ".join(heads)
             raise UserError(f"{source} has heads of several tasks ({tasks}), and a SHiRA adapter has one; convert one that it was made of")
         to_shira(SparseAdapter.load(source), out, force)
         return kind

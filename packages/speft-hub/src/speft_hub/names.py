@@ -51,6 +51,7 @@ ALLOWED: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"\.eval_results/[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\.yaml", 64 * KB),
     )
 )
+HALF = re.compile(r"\.(.+)\.[a-z0-9_]+\.partial")  # what atomic_files writes beside a file
 
 
 def size_limit(name: str) -> int | None:
@@ -107,6 +108,7 @@ def _odd(place: Path, own: Callable[[str], object]) -> str | None:
         folder = path.name in FOLDERS and path.is_dir() and not path.is_symlink()
         for entry in sorted(path.iterdir()) if folder else [path]:
             name = entry.relative_to(place).as_posix()
-            if entry.is_dir() or not own(name):
+            half = HALF.fullmatch(name)  # what a save that was killed has left
+            if entry.is_dir() or not own(half[1] if half else name):
                 return name
     return None
