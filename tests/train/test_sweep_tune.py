@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pico_run
-from speft_train import cli, sweep
+from speft_train import cli, sweep, sweep_curves
 from speft_train.folder import RunFolder
 from speft_train.sweep_config import load_sweep
 
@@ -36,6 +36,10 @@ def test_a_language_model_with_test_data_is_chosen_by_validation_data_too(tmp_pa
     assert float(lines[0]["loss"]) == pytest.approx(figures[best]["loss"])
     assert float(lines[0]["validation_loss"]) == pytest.approx(figures[best]["validation"]["loss"])
     assert lines[1]["validation_loss"] == ""  # nothing is chosen by another seed
+    made = load_sweep(file)
+    (curve,) = sweep_curves.rate_curves(made, sweep._found(made.every_cell())).values()
+    drawn = {x: score for x, score, _ in curve["gradient"]}  # of validation data alone: another seed's test figure is no part of it
+    assert drawn == {float(rate): pytest.approx(found["validation"]["loss"]) for rate, found in figures.items()}
 
 
 def lm_sweep(folder: Path, section: dict[str, Any], **sections: Any) -> Path:

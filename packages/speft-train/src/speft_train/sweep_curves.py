@@ -46,7 +46,8 @@ def density_curves(sweep: Sweep, found: Found) -> Curves:
 
 
 def rate_curves(sweep: Sweep, found: Found) -> Curves:
-    """Against the learning rate, by the validation score where there is one, as the choice is made."""
+    """Against the learning rate, by the validation score where there is one, as the choice is made: then of the runs that have it."""
+    found = [(cell, result) for cell, result in found if result["adapted"].get("validation")] or found
     several = len({(name_of(cell), cell.row) for cell, _ in found}) > len({name_of(cell) for cell, _ in found})
 
     def line(cell: Cell) -> str:
