@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 import pico
-from speft_core import AdapterConfig, SparseAdapter, SparseDelta, UserError
+from speft_core import AdapterConfig, SparseAdapter, SparseDelta, SparsityMask, UserError, attach
 from speft_core.bank import AdapterBank
 from speft_core.merge import merge
 from speft_core.multihead import MultiHeadModel, last_tokens
@@ -269,6 +269,16 @@ def test_a_closed_model_and_labels_say_so() -> None:
     heads.close()
     with pytest.raises(UserError, match="closed"):
         heads(input_ids=torch.ones(1, 2, dtype=torch.long))
+
+
+def test_heads_of_other_sizes_on_a_model_whose_16_bit_head_is_trained() -> None:
+    model = classifier().bfloat16()
+    attach(model, SparsityMask({}, {}), train_dense=["score"])
+    given: dict[str, Any] = {"a": {"score.weight": torch.randn(2, 16)}, "b": {}, "c": {"score.weight": torch.randn(5, 16)}}
+    with MultiHeadModel(model, None, given) as heads, torch.no_grad():
+        answers = heads(**inputs(model))
+    assert heads.kinds == {"a": "classification", "b": "classification", "c": "classification"}
+    assert [answers[task].logits.shape[-1] for task in given] == [2, 3, 5]
 
 
 def test_a_failing_forward_leaves_the_model_whole() -> None:

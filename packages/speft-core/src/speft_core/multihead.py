@@ -20,6 +20,7 @@ from torch.func import functional_call
 from .adapter import Applied, SparseAdapter
 from .errors import UserError
 from .multihead_files import KINDS, Head, Labels, check_labels, check_task, kind_of_outputs, load_heads, load_labels, save_heads
+from .targets import base_parameters
 
 __all__ = ["HeadOutput", "MultiHeadModel", "load_heads", "load_labels", "save_heads"]
 
@@ -128,7 +129,7 @@ class MultiHeadModel:
             for name, tensor in head.items():
                 self._check_shape(task, name, tensor, own[name])
                 inner[task][name.removeprefix(prefix)] = tensor
-            whole = {n for n, _ in self.model.get_submodule(path).named_parameters()}
+            whole = set(base_parameters(self.model.get_submodule(path)))
             if head and set(inner[task]) != whole and any(inner[task][n].shape != own[prefix + n].shape for n in inner[task]):
                 listed = ", ".join(sorted(prefix + n for n in whole))
                 raise UserError(f"head {task!r} has another number of labels and must bring all of {listed}")
@@ -182,7 +183,7 @@ class MultiHeadModel:
             own = self.model.get_submodule(self._path)
             output = getattr(self.model, "get_output_embeddings", lambda: None)()
             causal = output is not None and own is output
-            tensors = tensors or dict(own.named_parameters())
+            tensors = tensors or base_parameters(own)
         return "causal" if causal else kind_of_outputs(tensors.values(), self.labels[task])
 
     def __call__(self, **batch: Any) -> dict[str, HeadOutput]:
