@@ -8,9 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import speft_core as sc
 from attached import IDS, LINEAR, bits, loss_of, net, same_bits, some_mask, train
+from speft_core.whole_slots import WholeSlot
 
 SHORT = [torch.bfloat16, torch.float16]
 DENSE = {"out.weight", "out.bias", "norm.weight", "norm.bias", "left.bias"}
@@ -142,15 +145,133 @@ def test_gradients_reach_them_by_every_way(wrap: Callable[[nn.Module], Callable[
         torch.testing.assert_close(first[name], grad, rtol=2e-2, atol=1e-4)
 
 
-def test_a_failed_attach_leaves_nothing() -> None:
+class Heads(nn.Module):
+    """A head for each task, called or read from above: `task` says which, `reads` how."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed, self.heads = nn.Embedding(31, 12), nn.ModuleDict({"first": nn.Linear(12, 5), "late": nn.Linear(12, 5)})
+        self.task = "first"
+        self.to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        head = self.heads[self.task]
+        return functional.linear(torch.tanh(self.embed(ids)), head.weight, head.bias)  # type: ignore[arg-type]
+
+
+def test_a_head_that_is_first_read_from_above_long_after_training_began_trains() -> None:
+    models = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        models.append(Heads(torch.bfloat16).to(dtype))
+    tuners = [sc.attach(m, some_mask(m, ["embed.weight"]), train_dense=["heads"]) for m in models]
+    for task in ["first"] * 12 + ["late"]:
+        for model, tuner in zip(models, tuners, strict=True):
+            model.task = task
+            for parameter in tuner.parameters():
+                parameter.grad = None
+            model(IDS).float().square().sum().backward()
+    found, wanted = (t.dense["heads.late.weight"].grad for t in tuners)
+    assert found is not None and wanted.any()
+    torch.testing.assert_close(found, wanted, rtol=5e-2, atol=5e-2)
+
+
+LENT = ["out.weight", "out.bias", "norm.weight", "left.bias"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lent_tensors_are_what_is_computed_with_and_get_their_gradients(compiled: bool) -> None:
+    model, tuner = attached()
+    train(tuner, model, 3)
+    plain = net(torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    lent = {n: torch.randn_like(plain.get_parameter(n)) for n in LENT}
+    found, wanted = [], []
+    for each, into in ((model, found), (plain, wanted)):
+        given = {n: t.clone().requires_grad_() for n, t in lent.items()}
+
+        def run(ids: torch.Tensor, each: nn.Module = each, given: dict[str, torch.Tensor] = given) -> torch.Tensor:
+            return torch.func.functional_call(each, given, (ids,))  # type: ignore[no-any-return]
+
+        logits = (torch.compile(run, backend="aot_eager") if compiled and each is model else run)(IDS)
+        logits.float().square().mean().backward()
+        into += [logits.detach(), *(t.grad for t in given.values())]
+    assert all(torch.equal(a, b) for a, b in zip(found[:1], wanted[:1], strict=True))
+    for name, a, b in zip(LENT, found[1:], wanted[1:], strict=True):
+        assert a is not None and b.any(), name
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(tuner.dense[n].grad is None for n in LENT)
+    assert all(torch.equal(model.get_parameter(n), plain.get_parameter(n)) for n in LENT)
+
+
+def test_a_graph_computes_with_a_lent_tensor_that_is_masked() -> None:
+    model = net()
+    tuner = sc.attach(model, some_mask(model))
+    train(tuner, model, 3)
+    lent = {n: torch.randn_like(model.get_parameter(n)) for n in LENT}
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, lent, (ids,))  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(run, backend="aot_eager")(IDS), run(IDS))
+
+
+def test_dense_parts_alone_cost_no_python_in_backward_once_it_is_known_who_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(torch.bfloat16)
-    before = {n for n, _ in model.named_parameters()}
-    with pytest.raises(sc.UserError):
-        sc.attach(model, some_mask(model, LINEAR[:2]), train_dense=["out"], backward="native" if _no_native() else "quick")
-    assert {n for n, _ in model.named_parameters()} == before
+    tuner = sc.attach(model, sc.SparsityMask({}, {}), train_dense=["bias"])
+    came: list[str] = []
+    real = WholeSlot._came
+    monkeypatch.setattr(WholeSlot, "_came", lambda self, *rest: came.append(self.name) or real(self, *rest))
+    train(tuner, model, 1)
+    assert set(came) == set(tuner.dense)
+    came.clear()
+    train(tuner, model, 2)
+    assert not came and not any(m._forward_pre_hooks for m in model.modules())
 
 
-def _no_native() -> bool:
-    from speft_core.ops import native
+def test_what_an_engine_writes_unseen_is_in_the_next_forward_and_in_the_weight() -> None:
+    model, tuner = attached()
+    twin = net(torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    for with_gradient in (True, True, False, True):
+        loss_of(model).backward()
+        for name, parameter in tuner.dense.items():
+            parameter.data.add_(0.5)
+            twin.get_parameter(name).data.copy_(parameter.data)
+        with torch.set_grad_enabled(with_gradient):
+            assert torch.equal(model(IDS), twin(IDS))
+        assert all(torch.equal(model.get_parameter(n), twin.get_parameter(n)) for n in tuner.dense)
 
-    return bool(native.reason())
+
+class Gated(nn.Module):
+    """Checkpoints a method that reads a parameter of its own."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.gate, self.again = nn.Embedding(31, 12), nn.Parameter(torch.randn(12)), again
+        self.to(torch.bfloat16)
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x * self.gate)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        return checkpoint(self._inner, x, use_reentrant=True) if self.again else self._inner(x)  # type: ignore[no-any-return]
+
+
+def test_what_a_checkpointed_method_reads_again_is_of_this_step() -> None:
+    """It gives the gate no gradient (docs/attach.md), but those below it are right."""
+    tuners = []
+    for again in (False, True):
+        model = Gated(again)
+        tuners.append(sc.attach(model, sc.SparsityMask({}, {}), train_dense=["embed", "gate"]))
+        for _ in range(3):
+            for parameter in tuners[-1].parameters():
+                parameter.data.add_(0.25)
+                parameter.grad = None
+            model(IDS).float().square().sum().backward()
+    first, second = (t.dense["embed.weight"].grad for t in tuners)
+    assert first.any() and torch.equal(first, second)

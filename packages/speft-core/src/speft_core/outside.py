@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ops.functions import Tap
 from .ops.recipes import sharded
 from .partitioned import is_partitioned
 from .slots import AttachedForward, Slot
 from .standing import TURN, recomputed, standing_in
 from .together import Together
+from .whole_slots import WholeSlot
 
 #: In evaluation they take a path of their own, which reads the weights of modules that training calls.
 FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 #: Backwards after which a module that is neither called nor read is no longer waited for: a text model's vision tower, an idle expert.
+#: Dense parts of 16 bits always are: the ordinary parameters that they stand for would train whenever they are read.
 PATIENCE = 8
 
 
@@ -54,6 +55,7 @@ class Outside:
             for within in module.modules():
                 if within in self._containing:
                     self._containing[within].add(module)
+        together.counted = bool(self._above)
         self.install()
 
     def install(self) -> None:
@@ -139,13 +141,9 @@ class Outside:
 
     def _tap(self, slot: Slot) -> torch.Tensor:
         slot.stale = True
-        if not self._together.has_written(slot):
+        if not isinstance(slot, WholeSlot) and not self._together.has_written(slot):
             slot.rewrite()
-        return Tap.apply(slot.weight, slot.values_K, functools.partial(self._pick, slot))
-
-    def _pick(self, slot: Slot, grad: torch.Tensor) -> torch.Tensor:
-        self._read.add(slot)
-        return slot.pick(grad)
+        return slot.tap(self._read)
 
     def _decide(self) -> None:
         """Once a backward has come: leave to their modules the parameters that only these read."""
@@ -156,13 +154,20 @@ class Outside:
             f
             for below in self._above.values()
             for f in below
-            if (f.called or f in self._compiled or self._patience <= 0) and f.module not in self._fused and self._read.isdisjoint(f.slots)
+            if (f.called or f in self._compiled or (self._patience <= 0 and not _any_whole(f)))
+            and f.module not in self._fused and self._read.isdisjoint(f.slots)
         }
         if done:
             self._take_off()
             left = {module: [f for f in below if f not in done] for module, below in self._above.items()}
             self._above = {module: below for module, below in left.items() if below}
+            self._together.counted = bool(self._above)
             self.install()
+
+
+def _any_whole(forward: AttachedForward) -> bool:
+    """Whether one of its parameters is a head of a task, say, which may be read long after training began."""
+    return any(isinstance(slot, WholeSlot) for slot in forward.slots)
 
 
 def _close(opened: list[tuple[nn.Module, ExitStack]]) -> None:

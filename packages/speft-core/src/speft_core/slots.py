@@ -122,7 +122,7 @@ class Slot:
 
         FSDP lends its own, a view of the flat parameter, which holds the base and is to be written.
         """
-        return type(self.weight) is torch.Tensor and "_fsdp_flattened" not in self.own.__dict__
+        return type(self.weight) is torch.Tensor and not hasattr(self.own, "_fsdp_flattened")
 
     def write(self) -> None:
         """Make the weight hold base + values; skipped when a forward without gradients finds nothing changed."""
@@ -150,9 +150,16 @@ class Slot:
         flat = self.weight.detach().reshape(-1)
         return flat.index_put((self.indices_K.long(),), sum_K).view(self.weight.shape)
 
-    def pick(self, grad: torch.Tensor) -> torch.Tensor:
+    def tap(self, read: set[Slot] | None = None) -> torch.Tensor:
+        """What stands in for the parameter in training and gives the values their gradient. read: gets this slot when one comes."""
+        pick = self._pick if read is None else functools.partial(self._pick, read=read)
+        return Tap.apply(self.weight, self.values_K, pick)
+
+    def _pick(self, grad: torch.Tensor, read: set[Slot] | None = None) -> torch.Tensor:
         """The kept entries of this parameter's dense gradient, in the values' dtype."""
         self.together.over()
+        if read is not None:
+            read.add(self)
         return grad.reshape(-1).index_select(0, self.indices_K).to(self.values_K.dtype)
 
     def work_on(self, device: torch.device) -> Work:
@@ -218,9 +225,10 @@ class AttachedForward:
         if fast is None or len(args) != 1 or kwargs:
             with standing_in(self.module, self._taps() | recomputed(self.module, self._again)):
                 return self.original(*args, **kwargs)
-        (x,), weight, bias = args, fast.weight, self.module._parameters["bias"]
+        (x,), weight = args, fast.weight
+        bias: torch.Tensor | None = self.module._parameters["bias"]
         if self.bias is not None:
-            bias = Tap.apply(bias, self.bias.values_K, self.bias.pick)
+            bias = self.bias.tap()
         if sharded(weight):  # or lent, and then not written, in backward neither
             return SparseLinear.apply(x, weight, bias, fast.values_K, fast.work_on(x.device), None, fast.rewrite)
         recipe = None if hooks_forbid() else recipe_of(x)
@@ -229,20 +237,20 @@ class AttachedForward:
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same in operators that torch.compile can trace: one for a Linear, an out-of-place sum for any other tensor."""
         fast = self.fast
-        taps = {s.attribute: s.summed() for s in self.slots if s is not fast}
+        taps = {s.attribute: s.summed() for s in self.slots if s is not fast and not s.is_lent}
         if fast is not None and len(args) == 1 and not kwargs:
             x, weight, bias = args[0], fast.weight, taps.get("bias", self.module._parameters["bias"])
             if torch.is_autocast_enabled(x.device.type):
                 low = torch.get_autocast_dtype(x.device.type)
                 x, bias = x.to(low), None if bias is None else bias.to(low)  # the operator casts the weight, once written
             return torch.ops.speft.linear(x, weight, bias, fast.values_K, fast.key, torch.is_grad_enabled())[0]
-        if fast is not None:
+        if fast is not None and not fast.is_lent:
             taps[fast.attribute] = fast.summed()
         with traced_in(self.module, taps):
             return self.original(*args, **kwargs)
 
     def _taps(self) -> dict[str, Any]:
-        return {s.attribute: Tap.apply(s.weight, s.values_K, s.pick) for s in self.slots}
+        return {s.attribute: s.tap() for s in self.slots}
 
     def _again(self) -> AbstractContextManager[None]:
         """For a layer that computes again in backward, where `__call__` does not come by: taps that stand in there."""

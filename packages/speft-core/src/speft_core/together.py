@@ -27,6 +27,7 @@ class Together:
         self._laid: tuple[tuple[object, ...], native.Changes, list[Slot]] | None = None
         self._written: dict[Slot, tuple[int, int]] = {}
         self.backwards = 0  #: layers whose backward has come, in all
+        self.counted = False  #: whether outside.py still waits for backwards
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_laid": None, "_written": {}}  # addresses, which a copy must not have
@@ -34,6 +35,11 @@ class Together:
     def add(self, slots: Iterable[Slot]) -> None:
         """Slots of one parameter (several where it is tied)."""
         self._slots += slots
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything follows from `over`: without it dense parts alone cost no call of Python in backward."""
+        return self.counted or bool(self._slots)
 
     def covers(self, slot: Slot) -> bool:
         """Whether base + values is in the slot's weight for its training forward, now or already; to be asked once a forward."""

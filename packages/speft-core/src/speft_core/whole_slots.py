@@ -1,16 +1,19 @@
 """A parameter of 16 bits that is trained whole, such as a new head: its values are the parameter itself in fp32.
 
 An optimizer of bf16 weights loses every update below half of their last bit, and Adam's second moment, which falls by a
-thousandth a step, never falls. So the optimizer gets an fp32 Parameter, as it does of masked scalars, and each forward
-finds it rounded in the weight.
+thousandth a step, never falls. So the optimizer gets an fp32 Parameter, as it does of masked scalars. In training the values,
+rounded by an operator of PyTorch's own, stand in for the weight, which is given the same bits for whoever reads it elsewhere.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import nn
 
 from .ops.compiled import enroll
+from .ops.recipes import sharded
 from .partitioned import is_absent
 from .slots import Slot
 from .targets import WHOLE
@@ -31,6 +34,11 @@ class WholeSlot(Slot):
         module.register_parameter(f"{attribute}_values", nn.Parameter(weight.detach().float()))
         module.__dict__.setdefault(WHOLE, set()).add(attribute)
 
+    def write(self) -> None:
+        """Make the weight hold the values. In training that is left to `tap`."""
+        if not (torch.is_grad_enabled() and self.values_K.requires_grad):
+            super().write()
+
     def rewrite(self) -> None:
         """Round the values into the weight."""
         if not is_absent(self.weight) and not self.is_lent:
@@ -41,10 +49,22 @@ class WholeSlot(Slot):
         """The values in the weight's dtype, differentiable."""
         return self.values_K.to(self.weight.dtype)
 
-    def pick(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient in fp32."""
+    def tap(self, read: set[Slot] | None = None) -> torch.Tensor:
+        """The values in the weight's dtype, which the weight holds too from now on; a lent tensor stands for itself."""
+        weight = self.weight
+        if self.is_lent:
+            return weight
+        self.stale, tap = True, self.summed()
+        if not sharded(weight):  # else none but its module's forward sees it
+            weight.data.copy_(tap.detach())
+        if tap.requires_grad and (read is not None or self.together.asks):
+            tap.register_hook(partial(self._came, read))
+        return tap
+
+    def _came(self, read: set[Slot] | None, _grad: torch.Tensor) -> None:
         self.together.over()
-        return grad.to(self.values_K.dtype)
+        if read is not None:
+            read.add(self)
 
     def loaded(self, weight_was_loaded: bool) -> None:
         """After load_state_dict: the values are what was loaded."""
