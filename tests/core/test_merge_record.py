@@ -145,6 +145,16 @@ def test_every_shared_tensor_is_compared_not_the_first_adapters_alone() -> None:
         merge(sources, names=["a", "b", "c", "d"])
 
 
+@pytest.mark.parametrize("second", [None, [8]])
+def test_a_record_that_knows_less_takes_no_ones_place(second: list[int] | None) -> None:
+    sources = [printed(shape=[8]), printed(shape=second), printed("aa", [8]), printed(), printed("bb", [8])]
+    check_same_base(sources[:4], ["a", "b", "c", "d"])
+    with pytest.raises(UserError, match="^c and e were trained on different bases: w has other values$"):
+        check_same_base(sources, ["a", "b", "c", "d", "e"])
+    with pytest.raises(UserError, match=r"^a and c have different bases: w has shapes \(8,\) and \(4, 2\)$"):
+        check_same_base([*sources[:2], printed(shape=[4, 2])], ["a", "b", "c"])
+
+
 VALUES = st.dictionaries(st.integers(0, 7), st.integers(-8, 8).map(lambda n: n / 4), max_size=8)  # exact in fp32
 
 

@@ -115,7 +115,7 @@ def check_same_base(sources: Sequence[Source], names: Sequence[str]) -> None:
             if same is False:
                 raise UserError(f"{held_by} and {name} were trained on different bases: {tensor} has other values")
             proven = proven or (same is True and holder is sources[0])
-            if same is None and "sample" not in before:
+            if same is None and "sample" in record and "sample" not in before:  # it knows more
                 holders[tensor] = source, name
         a, b = sources[0].config.base_model_name_or_path, source.config.base_model_name_or_path
         if place and not proven and a is not None and b is not None and a != b:
