@@ -36,6 +36,10 @@ FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 PATIENCE = 8
 
 
+#: A module in its forward, what ends with that, and how many backwards had come when all below it was written; -1 where gradients are on.
+_Entry = tuple[nn.Module, ExitStack, int]
+
+
 class Outside:
     """The hooks on modules above those of `forwards`. A deep copy of the model has its own, so hooks are methods and not closures."""
 
@@ -44,7 +48,7 @@ class Outside:
         self._read: set[Slot] = set()  # by a module above
         self._served: dict[int, set[AttachedForward]] = {}  # thread -> those whose taps it has put in place
         self._compiled: set[AttachedForward] = set()
-        self._open: dict[int, list[tuple[nn.Module, ExitStack]]] = {}  # thread -> its forwards in progress
+        self._open: dict[int, list[_Entry]] = {}  # thread -> its forwards in progress
         self._hooks: list[Any] = []
         self._fused = {m for layer in model.modules() if isinstance(layer, FUSED) for m in layer.modules()}
         served = {f.module: f for f in forwards}
@@ -88,17 +92,20 @@ class Outside:
                 self._decide()
             if module not in self._above:  # just decided: no `_leave` will come
                 return
-            stack = ExitStack()
+            stack, written = ExitStack(), -1
             if torch.is_grad_enabled():
                 stack.enter_context(self._serving(module))
                 if again := recomputed(module, functools.partial(self._serving, module)):
                     stack.enter_context(standing_in(module, again))
             else:
-                self._write(module)
-            opened.append((module, stack))
+                written = self._together.backwards
+                above, _, then = opened[-1] if opened else (None, None, -1)
+                if then != written or above not in self._containing[module]:  # else the forward above wrote for this one
+                    self._write(module)
+            opened.append((module, stack, written))
 
     def _write(self, module: nn.Module) -> None:
-        """For a forward without gradients; what has a tap in place stays stale, for an update may follow."""
+        """For a forward without gradients, and for those within it; what has a tap in place stays stale, for an update may follow."""
         served = self._served.get(threading.get_ident(), ())
         for forward in self._whole(module):
             for slot in forward.slots:
@@ -170,7 +177,7 @@ def _any_whole(forward: AttachedForward) -> bool:
     return any(isinstance(slot, WholeSlot) for slot in forward.slots)
 
 
-def _close(opened: list[tuple[nn.Module, ExitStack]]) -> None:
+def _close(opened: list[_Entry]) -> None:
     while opened:
         opened.pop()[1].close()
 
