@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,6 +175,29 @@ def test_others_need_not_wait_for_a_thread_that_was_interrupted(monkeypatch: pyt
         logits(model)
     other = start(lambda: bank.switch("a"))
     other.join(30)  # this thread calls nothing of the bank or the model
+    assert bank.active == "a"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_thread_that_ended_within_a_forward_locks_nothing(shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "LOOK_SECONDS", 0.01)
+    model = net()
+    bank, found, left = AdapterBank(model, {"a": adapter(1)}), bank_module.depth, []
+    if not shown:
+        monkeypatch.setattr(bank_module, "depth", lambda *asked: 0 if found(*asked) else found(*asked))  # as within torch.compile
+
+    def leave() -> None:
+        left.append(len(bank._inside))
+        raise SystemExit
+
+    def work() -> None:
+        with suppress(SystemExit):  # threading does so too, but pytest hears of it first
+            logits(model)
+
+    with doing(model, leave):
+        start(work).join(60)
+    assert left == [1] and len(bank._inside) == 1
+    start(lambda: bank.switch("a")).join(30)
     assert bank.active == "a"
 
 

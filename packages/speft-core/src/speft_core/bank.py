@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .adapter import SparseAdapter
-from .calls import depth
+from .calls import depth, has_ended
 from .errors import UserError, nearest
 from .targets import base_parameters
 from .writing import add_values, gather, scatter
@@ -270,7 +270,7 @@ class AdapterBank:
     def _forget_interrupted(self, thread: int, calls: int | None, starting: bool = False) -> None:
         """Count a thread's forwards no more that are not among the `calls` of its stack. starting: the last of these is not counted yet."""
         inside = self._inside.get(thread)
-        if inside is None or not (starting or (inside.visible and calls is not None)):
+        if inside is None or not (starting or (inside.visible and calls is not None) or has_ended(thread)):
             return
         going_on = max(0, (calls or 0) - starting)  # a call that begins on a stack not to be seen is taken for an outermost one
         if going_on < inside.forwards:
