@@ -42,12 +42,17 @@ class Examples:
     added: set[str] = field(default_factory=set)
     mixed: set[str] = field(default_factory=set)
 
-    def takes(self, name: str) -> bool:
-        """Whether a term of `name` is an example's whole gradient: not a second one, from a module that is called again."""
-        if name in self.added:
-            self.mixed.add(name)
-        self.added.add(name)
-        return name not in self.mixed
+    def takes(self, total: Accumulator) -> bool:
+        """Whether a term of `total` is an example's whole gradient: not a second one, from a module that is called again.
+
+        What the ranks share gets a term of every batch in any case, as other ranks may have one to add.
+        """
+        if total.name in self.added:
+            self.mixed.add(total.name)
+        elif total.name in self.mixed:
+            total.skip()
+        self.added.add(total.name)
+        return total.name not in self.mixed
 
     def split(self, x: torch.Tensor) -> torch.Tensor | None:
         """`x` as [B, T, features], which may come as [B, ..., features] or flattened to [B · T, features]; None for what starts
@@ -146,14 +151,13 @@ class _Scorer:
         single = self.rule.of_example is not None
         if single and (self.examples.split(grad_y) is None or (x is not None and self.examples.split(x) is None)):
             self.examples.mixed.update(total.name for total in self.sums.values())
-            return
-        if x is not None and not (single and not self.examples.takes(self.sums["weight"].name)):
+        if x is not None and not (single and not self.examples.takes(self.sums["weight"])):
             total = self.sums["weight"]
             grad = self.rule.scaled(total, grad_y, self.examples)
             left, right = (x, grad) if self.transposed else (grad, x)
             self.rule.product(total, left, right, self.examples)
             total.end()
-        if "bias" in self.sums and not (single and not self.examples.takes(self.sums["bias"].name)):
+        if "bias" in self.sums and not (single and not self.examples.takes(self.sums["bias"])):
             self.rule.bias(self.sums["bias"], grad_y, self.examples)
             self.sums["bias"].end()
 

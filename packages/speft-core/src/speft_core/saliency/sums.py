@@ -56,6 +56,12 @@ class Accumulator:
         part = total[start : start + term.shape[0]] if total.dim() else total
         part.add_(term.to(part.dtype).to(part.device))
 
+    def skip(self) -> None:
+        """A batch has nothing to add: to a shared sum zeros, for the other ranks wait for its part."""
+        if self.is_shard:
+            self.add(torch.zeros((), dtype=self.dtype).expand(self.shape))
+            self.end()
+
     def end(self) -> None:
         """A batch has added its part to a shared sum: each rank adds all ranks' terms for its shard, in order of rank."""
         if self._term is None:
