@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import speft_core as sc
-from attached import IDS, LINEAR, Net, bits, net, same_bits, some_mask, train
+from attached import IDS, LINEAR, Net, bits, loss_of, net, same_bits, some_mask, train
 from speft_core import writing
 from speft_core.remask import union
 
@@ -96,6 +96,52 @@ def test_a_detach_that_fails_can_be_called_again(error: type[BaseException], mon
             assert torch.equal(writing.gather(slots[0].weight, slots[0].indices_K), adapted_K)
     monkeypatch.setattr(remask_module, "scatter", scatter)
     tuner.detach()
+    tuner.detach()
+    assert_as_new(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_detach_that_fails_leaves_what_trains_what_rests_and_dense_parts(
+    dtype: torch.dtype, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net(dtype)
+    model.embed.weight.requires_grad_(False)
+    before, scatter, left = bits(model), remask_module.scatter, [0]
+    tuner = parked_tuner(model)
+    loss_of(model).backward()
+    trained, gradients = bits(model), {n: p.grad.clone() for n, p in tuner.dense.items() if p.grad is not None}
+    with torch.no_grad():
+        answer = model(IDS)
+
+    class Failing(torch.Tensor):
+        """What a dense part held before, until it is read."""
+
+        @classmethod
+        def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+            raise error
+
+    def failing(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            raise error
+        scatter(*arguments)
+
+    def fails() -> None:
+        with pytest.raises(error):
+            tuner.detach()
+        assert model._speft_tuner is tuner and same_bits(bits(model), trained)
+        assert set(gradients) == {"out.weight", "out.bias"} and all(torch.equal(tuner.dense[n].grad, g) for n, g in gradients.items())
+        with torch.no_grad():
+            assert torch.equal(model(IDS), answer)
+
+    monkeypatch.setattr(remask_module, "scatter", failing)
+    for left[0] in range(6):
+        fails()
+    for name, saved in list(tuner._dense_before.items()):
+        tuner._dense_before[name] = saved.as_subclass(Failing)
+        fails()
+        tuner._dense_before[name] = saved
     tuner.detach()
     assert_as_new(model, before)
 

@@ -311,15 +311,13 @@ class Tuner:
     def detach(self) -> None:
         """Restore every bit of the base, dense parameters and requires_grad included. A second call does nothing.
 
-        Should it fail while it writes, the tuner stays attached: call it again.
+        Should it fail while it writes, the tuner stays attached and the model as trained: call it again.
         """
         if getattr(self.model, "_speft_tuner", None) is not self:
             return
         put_back(self)
-        with torch.no_grad():
-            for name, parameter in self._dense_weights.items():
-                own_part(parameter).copy_(self._dense_before[name])
-                parameter.grad = None
+        for parameter in self._dense_weights.values():
+            parameter.grad = None
         self._take_off()
         self.parked.clear()
         del self.model._speft_tuner

@@ -21,7 +21,7 @@ from .errors import UserError
 from .fingerprint import fingerprint
 from .gaps import index_dtype
 from .mask import SparsityMask
-from .partitioned import is_partitioned
+from .partitioned import is_partitioned, own_part
 from .writing import add_values, gather, scatter
 
 if TYPE_CHECKING:
@@ -159,14 +159,30 @@ def with_parked(tuner: Tuner, name: str, delta: SparseDelta) -> SparseDelta:
 
 @torch.no_grad()
 def put_back(tuner: Tuner) -> None:
-    """Put the base's bits back, where entries train and where they rest. Nothing is forgotten: it can be done again."""
+    """Put the base's bits back, where entries train, where they rest and in dense parts. Nothing is forgotten: it can be done again.
+
+    Should it fail, what was trained is written again.
+    """
+    trained = {n: own_part(p).clone() for n, p in tuner._dense_weights.items() if n not in tuner._whole}  # they are nowhere else
     for each in (*chain(*tuner._slots.values()), *tuner._whole.values()):
-        each.stale = True  # should what follows fail: forwards write again
-    for name, (slot, *_) in tuner._slots.items():
-        if not is_partitioned(slot.weight):  # whose shards never lost them
-            scatter(slot.weight, slot.indices_K, slot.base_K)
-        if name in tuner.parked:
-            scatter(slot.weight, tuner.parked[name].indices_P, tuner.parked[name].base_P)
+        each.stale = True  # should writing again fail too: forwards do
+    try:
+        for name, (slot, *_) in tuner._slots.items():
+            if not is_partitioned(slot.weight):  # whose shards never lost them
+                scatter(slot.weight, slot.indices_K, slot.base_K)
+            if name in tuner.parked:
+                scatter(slot.weight, tuner.parked[name].indices_P, tuner.parked[name].base_P)
+        for name, parameter in tuner._dense_weights.items():
+            own_part(parameter).copy_(tuner._dense_before[name])
+    except BaseException:  # Ctrl-C too
+        for name, part in trained.items():
+            own_part(tuner._dense_weights[name]).copy_(part)
+        for name, parked in tuner.parked.items():
+            weight = tuner._slots[name][0].weight
+            parked = parked.to(weight.device)
+            scatter(weight, parked.indices_P, add_values(parked.base_P, parked.values_P))
+        tuner.sync()
+        raise
 
 
 def snapshot(tuner: Tuner) -> dict[str, torch.Tensor]:
