@@ -179,7 +179,9 @@ def test_others_need_not_wait_for_a_thread_that_was_interrupted(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_thread_that_ended_within_a_forward_locks_nothing(shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heir", [None, "waits", "switches"])
+def test_a_thread_that_ended_within_a_forward_locks_nothing(shown: bool, heir: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """heir: what a later thread does that was given its number; any number is most often given again at once."""
     monkeypatch.setattr(bank_module, "LOOK_SECONDS", 0.01)
     model = net()
     bank, found, left = AdapterBank(model, {"a": adapter(1)}), bank_module.depth, []
@@ -196,9 +198,24 @@ def test_a_thread_that_ended_within_a_forward_locks_nothing(shown: bool, monkeyp
 
     with doing(model, leave):
         start(work).join(60)
-    assert left == [1] and len(bank._inside) == 1
-    start(lambda: bank.switch("a")).join(30)
-    assert bank.active == "a"
+    (number,) = bank._inside
+    assert left == [1]
+    done, heirs = threading.Event(), []
+
+    def inherit() -> None:
+        if threading.get_ident() == number:
+            heirs.append(None)
+            if heir == "switches":
+                bank.switch("a")
+        done.wait(60)
+
+    others = [start(inherit) for _ in range(20 if heir else 0)]
+    if heir != "switches":
+        start(lambda: bank.switch("a")).join(30)
+    for other in others:
+        other.join(0.05)
+    assert bank.active == "a" or (heir == "switches" and not heirs)
+    done.set()
 
 
 def test_a_forward_in_progress_is_not_taken_for_an_interrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:

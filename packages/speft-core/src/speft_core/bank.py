@@ -6,6 +6,7 @@ Shape suffixes: K kept entries.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from .adapter import SparseAdapter
-from .calls import depth, has_ended
+from .calls import Life, depth, life
 from .errors import UserError, nearest
 from .targets import base_parameters
 from .writing import add_values, gather, scatter
@@ -34,8 +35,12 @@ class _Entry:
 
 @dataclass
 class _Inside:
-    """What a thread is in: `using` blocks and forwards; whether its stack shows the forwards (those compiled it does not)."""
+    """What a thread is in: `using` blocks and forwards; whether its stack shows the forwards (those compiled it does not).
 
+    life: of the thread, which may end within a forward.
+    """
+
+    life: weakref.ref[Life]
     blocks: int = 0
     forwards: int = 0
     visible: bool = True
@@ -234,7 +239,8 @@ class AdapterBank:
                 with self._turn(fits, within):
                     if switch:
                         self._write(name)
-            inside = self._inside.setdefault(me, _Inside())
+            inside = self._inside.setdefault(me, _Inside(life()))
+            inside.life = life()  # the number may be that of a thread that ended within a block
             before = inside.forwards
             if switch:
                 inside.blocks += 1
@@ -270,9 +276,11 @@ class AdapterBank:
     def _forget_interrupted(self, thread: int, calls: int | None, starting: bool = False) -> None:
         """Count a thread's forwards no more that are not among the `calls` of its stack. starting: the last of these is not counted yet."""
         inside = self._inside.get(thread)
-        if inside is None or not (starting or (inside.visible and calls is not None) or has_ended(thread)):
+        ended = inside is not None and inside.life() is None
+        if inside is None or not (ended or starting or (inside.visible and calls is not None)):
             return
-        going_on = max(0, (calls or 0) - starting)  # a call that begins on a stack not to be seen is taken for an outermost one
+        # A call that begins on a stack not to be seen is taken for an outermost one.
+        going_on = 0 if ended else max(0, (calls or 0) - starting)
         if going_on < inside.forwards:
             inside.forwards = going_on
             self._tell(thread)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
+import weakref
 
 import torch
 from torch import nn
@@ -16,13 +18,22 @@ _CALL = nn.Module._call_impl.__code__
 _RESUMED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-def has_ended(thread: int) -> bool:
-    """Whether there is no thread of this number: it is in no call, compiled or not, however it left the last one."""
-    return thread not in sys._current_frames()
+class Life:
+    """What a thread alone holds, and loses with its end."""
+
+
+_OWN = threading.local()
+
+
+def life() -> weakref.ref[Life]:
+    """Dead once the thread that asked has ended. Its number does not tell: the next thread may be given it."""
+    if not hasattr(_OWN, "life"):
+        _OWN.life = Life()
+    return weakref.ref(_OWN.life)
 
 
 def depth(module: nn.Module, thread: int) -> int | None:
-    """How many calls of `module` the thread of this number is in: none that has ended. None when that cannot be seen.
+    """How many calls of `module` the thread of this number is in; None when that cannot be seen.
 
     A thread that runs on meanwhile cannot be: its stack is read from the top down. Nor can it from compiled code, and a call that
     was compiled may not be found.
@@ -31,9 +42,7 @@ def depth(module: nn.Module, thread: int) -> int | None:
         return None
     top = frame = sys._current_frames().get(thread)
     try:
-        if top is None:
-            return 0
-        if top.f_code.co_flags & _RESUMED:  # it may have been taken up again elsewhere
+        if top is None or top.f_code.co_flags & _RESUMED:  # it may have been taken up again elsewhere
             return None
         found = 0
         while frame is not None:
