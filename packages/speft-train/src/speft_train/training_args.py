@@ -157,7 +157,7 @@ def _check_trackers(cfg: RunConfig) -> None:
     from transformers import integrations
 
     known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
-    installed = [OWN_TRACKER, *integrations.get_available_reporting_integrations()]
+    installed = list(dict.fromkeys([OWN_TRACKER, *integrations.get_available_reporting_integrations()]))
     for name in _trackers(cfg):
         if name not in known:
             allowed = f"allowed: all, none, or some of {', '.join(known)}"
