@@ -47,3 +47,12 @@ def adapter_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     pico_adapter().save(folder)
     return folder
+
+
+@pytest.fixture(params=["hub", "folder"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A repository that does not exist yet, on the loopback Hub or in a folder."""
+    if request.param == "hub":
+        request.getfixturevalue("hub")
+        return "alice/sst2"
+    return f"file://{tmp_path}/registry/alice/sst2"

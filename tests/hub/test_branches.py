@@ -18,15 +18,6 @@ from speft_hub.addresses import Reference
 from speft_hub.folder import FolderRegistry
 
 
-@pytest.fixture(params=["hub", "folder"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A repository that does not exist yet, on the loopback Hub or in a folder."""
-    if request.param == "hub":
-        request.getfixturevalue("hub")
-        return "alice/sst2"
-    return f"file://{tmp_path}/registry/alice/sst2"
-
-
 def test_a_stale_parent_is_refused(address: str, adapter_dir: Path) -> None:
     first = push(adapter_dir, address)
     pico_adapter(seed=1).save(adapter_dir)

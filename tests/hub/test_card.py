@@ -34,14 +34,6 @@ def edit_on_hub(address: str, change: Any) -> None:
     reference.registry.commit(reference.repo, "main", head, {"README.md": new.encode()}, [], "edit the card")
 
 
-@pytest.fixture(params=["hub", "folder"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "hub":
-        request.getfixturevalue("hub")
-        return "alice/sst2"
-    return f"file://{tmp_path}/registry/alice/sst2"
-
-
 def test_figures_of_validation_rows_are_named_so(tmp_path: Path) -> None:
     """As of a run without test data: the split, and the data where they are another source than train."""
     path = tmp_path / "results.json"

@@ -17,15 +17,6 @@ from speft_hub import CardFields, NotFound, parse, pull, push
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(params=["hub", "folder"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A repository that does not exist yet, on the loopback Hub or in a folder."""
-    if request.param == "hub":
-        request.getfixturevalue("hub")
-        return "alice/sst2"
-    return f"file://{tmp_path}/registry/alice/sst2"
-
-
 def logits(adapter: SparseAdapter) -> torch.Tensor:
     model = Pico()
     with adapter.applied(model), torch.no_grad():

@@ -13,14 +13,6 @@ from speft_hub.combining import write_card
 from speft_hub.evaluation import EVAL_RESULTS, read_results
 
 
-@pytest.fixture(params=["hub", "folder"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "hub":
-        request.getfixturevalue("hub")
-        return "alice/sst2"
-    return f"file://{tmp_path}/registry/alice/sst2"
-
-
 def state(address: str) -> tuple[str, dict[str, str], dict[str, str]]:
     reference = parse(address)
     there = reference.registry.references(reference.repo)

@@ -34,23 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the stages that did something."""
-    seen: list[str] = []
-
-    def watching(stage: stages.Stage) -> Callable[..., Any]:
-        def work(run: Any) -> Any:
-            seen.append(stage.name)
-            return stage.work(run)
-
-        return work
-
-    watched = tuple(stages.Stage(**{**vars(stage), "work": watching(stage)}) for stage in stages.STAGES)
-    monkeypatch.setattr(stages, "STAGES", watched)
-    return seen
-
-
-@pytest.fixture
 def config(tmp_path: Path, model: Path) -> Callable[..., Path]:
     """A config of a run in tmp_path/run on train.jsonl, valid.jsonl and test.jsonl there, of four steps."""
     for name in ("train", "valid", "test"):

@@ -42,23 +42,6 @@ def execute(tmp_path: Path, model: Path) -> Callable[..., dict[str, Any]]:
     return run
 
 
-@pytest.fixture
-def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the stages that did something."""
-    seen: list[str] = []
-
-    def watching(stage: stages.Stage) -> Callable[..., Any]:
-        def work(run: Any) -> Any:
-            seen.append(stage.name)
-            return stage.work(run)
-
-        return work
-
-    watched = tuple(stages.Stage(**{**vars(stage), "work": watching(stage)}) for stage in stages.STAGES)
-    monkeypatch.setattr(stages, "STAGES", watched)
-    return seen
-
-
 def losses(found: dict[str, Any]) -> list[float]:
     return [row["loss"] for row in found["history"] if "loss" in row]
 
